@@ -1,0 +1,139 @@
+"""A retention plan: what every KV head of one model keeps, in memory and as a small, readable, versioned file."""
+
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kvcompress.artifacts import read_model, write_text
+from kvcompress.errors import InputError
+from kvcompress.retention import HeadCompressionConfig, Retention, Strategy, require_each_once
+
+SCHEMA = 1
+
+
+class PlanModel(BaseModel):
+    """The model a plan was made for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    num_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+
+
+class PlanHead(BaseModel):
+    """One line of a plan file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layer: int = Field(ge=0)
+    kv_head: int = Field(ge=0)
+    strategy: Strategy
+    sink_size: int = Field(ge=0)
+    window_size: int = Field(ge=-1)
+
+    @property
+    def config(self) -> HeadCompressionConfig:
+        return HeadCompressionConfig(
+            self.layer, self.kv_head, self.strategy, self.sink_size > 0, self.sink_size, self.window_size
+        )
+
+
+class PlanFile(BaseModel):
+    """A plan file as it stands on disk, schema 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_: Literal[1] = Field(alias="schema")
+    model: PlanModel
+    policy: str
+    budget: dict[str, float]
+    made_from: dict[str, Any]
+    heads: list[PlanHead]
+
+    @field_validator("schema_", mode="before")
+    @classmethod
+    def known_schema(cls, value: Any) -> Any:
+        if value != SCHEMA:
+            raise ValueError(f"plan schema {value!r} is not known, this version reads schema {SCHEMA}")
+        return value
+
+    @model_validator(mode="after")
+    def every_head_once(self) -> "PlanFile":
+        wanted = {(i, j) for i in range(self.model.num_layers) for j in range(self.model.num_key_value_heads)}
+        require_each_once(((head.layer, head.kv_head) for head in self.heads), wanted, "KV head")
+        return self
+
+
+@dataclass(frozen=True)
+class RetentionPlan:
+    """What every KV head of a model keeps: `layers[layer][kv_head]`, with where the plan came from."""
+
+    layers: tuple[tuple[Retention, ...], ...]
+    num_attention_heads: int
+    model_id: str = "unknown"
+    policy: str = "custom"
+    budget: dict[str, float] = field(default_factory=dict)
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers or len({len(layer) for layer in self.layers}) != 1 or not self.layers[0]:
+            raise InputError("a plan needs at least one layer, and the same number of KV heads in every layer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"{self.num_attention_heads} query heads cannot be shared by {self.num_key_value_heads} KV heads"
+            )
+
+    @classmethod
+    def uniform(cls, kept: Retention, layers: int, kv_heads: int, query_heads: int, **origin: Any) -> "RetentionPlan":
+        """The same retention for every KV head."""
+        return cls(((kept,) * kv_heads,) * layers, query_heads, **{"policy": "uniform", **origin})
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return len(self.layers[0])
+
+    def held(self, seen: int) -> int:
+        """Slots held after `seen` tokens, summed over layers and KV heads."""
+        return sum(kept.held(seen) for layer in self.layers for kept in layer)
+
+    def share(self, seen: int) -> float:
+        """Slots held after `seen` tokens as a share of the full cache's."""
+        return self.held(seen) / (self.num_layers * self.num_key_value_heads * seen)
+
+    def nbytes(self, seen: int, head_dim: int, itemsize: int, batch: int = 1) -> int:
+        """Bytes of K and V held after `seen` tokens; `itemsize` in bytes an element."""
+        return 2 * self.held(seen) * head_dim * itemsize * batch
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RetentionPlan":
+        """Read a plan file. Raises `InputError` that names the file and its first defect."""
+        file = read_model(path, PlanFile)
+        rows = sorted(file.heads, key=lambda head: (head.layer, head.kv_head))
+        kept, width = [head.config.retention for head in rows], file.model.num_key_value_heads
+        layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
+        return cls(layers, file.model.num_attention_heads, file.model.id, file.policy, file.budget, file.made_from)
+
+    def save(self, path: str | Path) -> None:
+        """Write a plan file, one line a head."""
+        heads = []
+        for i, layer in enumerate(self.layers):
+            for j, kept in enumerate(layer):
+                config = HeadCompressionConfig.of(i, j, kept)
+                row = {"layer": i, "kv_head": j, "strategy": config.strategy}
+                heads.append(dumps({**row, "sink_size": config.sink_size, "window_size": config.window_size}))
+        model = {
+            "id": self.model_id,
+            "num_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+        }
+        head = {"schema": SCHEMA, "model": model, "policy": self.policy}
+        head |= {"budget": self.budget, "made_from": self.made_from}
+        opening = dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
+        write_text(path, opening + ',\n  "heads": [\n    ' + ",\n    ".join(heads) + "\n  ]\n}\n")
