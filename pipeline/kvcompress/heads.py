@@ -109,10 +109,15 @@ class ClassificationFile(BaseModel):
         return self
 
     @property
+    def ordered(self) -> list[HeadClassification]:
+        """The rows in order of layer and head."""
+        return sorted(self.classifications, key=lambda head: (head.layer_idx, head.head_idx))
+
+    @property
     def layers(self) -> list[list[HeadClassification]]:
         """The rows as `[layer][query_head]`."""
         rows: dict[int, list[HeadClassification]] = {}
-        for head in sorted(self.classifications, key=lambda head: (head.layer_idx, head.head_idx)):
+        for head in self.ordered:
             rows.setdefault(head.layer_idx, []).append(head)
         return list(rows.values())
 

@@ -1,0 +1,108 @@
+"""AttentionAnalyzer: from a model and texts to head statistics and classes, in one object.
+
+Collecting the sums is the part that runs the model; all that follows from them needs none.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcompress.analysis.classification import (
+    DEFAULT_THRESHOLDS,
+    DEFAULT_WINDOWS,
+    HIGH_ENTROPY_THRESHOLD,
+    HIGH_LOCAL_THRESHOLD,
+    HIGH_SINK_THRESHOLD,
+    LOW_ENTROPY_THRESHOLD,
+    classify_heads,
+)
+from kvcompress.analysis.collect import collect_attention
+from kvcompress.analysis.report import analysis_summary
+from kvcompress.analysis.statistics import HeadStatistics, compute_statistics, describe_measure, save_statistics
+from kvcompress.artifacts import write_text
+from kvcompress.corpora import leading_tokens
+from kvcompress.errors import InputError
+from kvcompress.heads import HeadClassification, HeadType, ModelInfo, save_classifications
+from kvcompress.models import model_shape
+from kvcompress.params import StatisticsParams, ThresholdParams, WindowParams, override
+
+__all__ = [
+    "HIGH_ENTROPY_THRESHOLD",
+    "HIGH_LOCAL_THRESHOLD",
+    "HIGH_SINK_THRESHOLD",
+    "LOW_ENTROPY_THRESHOLD",
+    "AttentionAnalyzer",
+    "HeadClassification",
+    "HeadStatistics",
+    "HeadType",
+    "collect_attention",
+]
+
+
+class AttentionAnalyzer:
+    """Measures and classifies the attention heads of one model.
+
+    `sink_size` first keys count as sinks, `local_window` last keys as local, the last `recent_ratio` of the visible keys
+    as recent. `device` moves the model there; None leaves it where it is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str | None = None,
+        sink_size: int = 4,
+        local_window: int = 8,
+        recent_ratio: float = 0.1,
+        thresholds: ThresholdParams = DEFAULT_THRESHOLDS,
+        windows: WindowParams = DEFAULT_WINDOWS,
+    ) -> None:
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+        self.params = override(
+            StatisticsParams(), sink_size=sink_size, local_window=local_window, recent_ratio=float(recent_ratio)
+        )
+        self.thresholds = thresholds
+        self.windows = windows
+        self.model_info: ModelInfo | None = None
+
+    def analyze(
+        self, text: str, max_tokens: int = 2048, chunk_size: int = 512
+    ) -> tuple[list[HeadStatistics], list[HeadClassification]]:
+        """Statistics and refined classes of every head on the first `max_tokens` tokens of `text`.
+
+        Raises `InputError` where the text is empty or no longer than sinks and local window together, or where
+        `max_tokens` exceeds the model's context; `UnsupportedModelError` where attention cannot be observed.
+        """
+        shape = model_shape(self.model.config)
+        if not 2 <= max_tokens <= shape.max_context:
+            raise InputError(f"max_tokens is {max_tokens}, expected 2 ... {shape.max_context} (the model's context)")
+        ids = leading_tokens(self.tokenizer)
+        ids += self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        least = self.params.sink_size + self.params.local_window + 1
+        if len(ids) < least:
+            raise InputError(
+                f"the text has {len(ids)} tokens, expected at least {least} (sink_size + local_window + 1)"
+            )
+        sums = collect_attention(self.model, [torch.tensor(ids[:max_tokens])], chunk_size)
+        statistics = compute_statistics(sums, self.params)
+        origin = {"model_id": self.model.config.name_or_path or None, "num_key_value_heads": shape.num_key_value_heads}
+        self.model_info = describe_measure(sums, self.params, origin)
+        return statistics, classify_heads(statistics, self.thresholds, self.windows, self.params.sink_size)
+
+    def save_results(
+        self,
+        stats: Sequence[HeadStatistics],
+        classifications: Sequence[HeadClassification],
+        output_dir: str | Path,
+    ) -> None:
+        """Write `head_statistics.json`, `head_classifications.json` and `analysis_summary.txt` to `output_dir`."""
+        if self.model_info is None:
+            raise InputError("there are no results to save: call analyze first")
+        output_dir = Path(output_dir)
+        save_statistics(output_dir / "head_statistics.json", stats, self.model_info)
+        save_classifications(output_dir / "head_classifications.json", classifications, self.model_info, "refined")
+        summary = analysis_summary(self.model_info, stats, classifications)
+        write_text(output_dir / "analysis_summary.txt", summary)

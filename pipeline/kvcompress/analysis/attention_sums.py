@@ -1,0 +1,175 @@
+"""Sufficient statistics of attention: sums over queries from which every head statistic follows without the model.
+
+For each layer and query head, sums over all scored queries of one or several documents. They add over documents and
+processes, so a change of sink size, local window, recent ratio or any threshold needs no forward pass. Nothing here
+has a size that grows with the text. All sums are float64; `q` is a query's position, `k` a key's, `d = q - k` their
+distance, `n` the number of keys that the query may see (q + 1, or less under a sliding window).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.errors import InputError
+
+SINK_POSITIONS = 64  # the weight on each of the first keys; the largest sink_size that statistics can answer
+EARLY_QUERIES = 128  # the first queries, kept singly: where sinks and local window overlap
+LOCAL_LIMIT = EARLY_QUERIES - SINK_POSITIONS  # the largest local_window
+DISTANCES = 1024  # relative distances kept singly; what lies farther back is the tail
+RECENT_STEPS = 100  # recent_ratio in steps of one percent
+
+# What is summed for each head: name -> trailing shape of the tensor [layer, head, ...].
+HEAD_SUMS: dict[str, tuple[int, ...]] = {
+    "entropy": (),  # -sum p log p, nats
+    "entropy_squared": (),
+    "normalized_entropy": (),  # entropy / log n over queries with n > 1, in [0, 1]
+    "max_weight": (),
+    "sinks": (SINK_POSITIONS,),  # weight on key k
+    "early": (EARLY_QUERIES, SINK_POSITIONS),  # weight of query q on key k
+    "relative": (DISTANCES,),  # weight at distance d
+    "relative_tail": (),  # weight at distances of DISTANCES and more
+    "relative_sinks": (DISTANCES,),  # weight at distance d on the first SINK_POSITIONS keys, contained in `relative`
+    "recent": (RECENT_STEPS,),  # [b]: weight on the last max(1, floor((b + 1) n / 100)) keys
+}
+# What is counted for each layer: name -> trailing shape of the tensor [layer, ...].
+LAYER_COUNTS: dict[str, tuple[int, ...]] = {
+    "queries": (),
+    "varied_queries": (),  # queries with n > 1
+    "log_visible": (),  # sum of log n, nats: the entropy of a uniform head
+}
+
+
+class AttentionSums:
+    """The sums of one model: `tensors[name]` is `[layer, head, ...]` for heads, `[layer, ...]` for counts."""
+
+    def __init__(self, tensors: dict[str, Tensor], documents: int, longest: int) -> None:
+        self.tensors = tensors
+        self.documents = documents  # how many texts were observed
+        self.longest = longest  # tokens of the longest of them
+
+    @property
+    def num_layers(self) -> int:
+        return self.tensors["entropy"].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.tensors["entropy"].shape[1]
+
+    def __add__(self, other: "AttentionSums") -> "AttentionSums":
+        """Sums over both sets of documents. Raises `InputError` where the models' shapes differ."""
+        mine, theirs = self.tensors["entropy"].shape, other.tensors["entropy"].shape
+        if mine != theirs:
+            raise InputError(f"attention sums of {tuple(mine)} and {tuple(theirs)} (layers, heads) cannot be added")
+        tensors = {name: tensor + other.tensors[name] for name, tensor in self.tensors.items()}
+        return AttentionSums(tensors, self.documents + other.documents, max(self.longest, other.longest))
+
+    @classmethod
+    def stack(cls, layers: list[dict[str, Tensor]], tokens: int) -> "AttentionSums":
+        """One document's sums from its layers' (`LayerSums.tensors`)."""
+        tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}
+        return cls(tensors, documents=1, longest=tokens)
+
+    def save(self, path: str | Path, header: Mapping[str, Any]) -> None:
+        """Write a safetensors file; `header` says which model and text the sums belong to."""
+        write_tensors(path, self.tensors, {**header, "documents": self.documents, "longest": self.longest})
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple["AttentionSums", dict[str, Any]]:
+        """Read (sums, header). Raises `InputError` where the file is not complete or not finite."""
+        tensors, header = read_tensors(path)
+        shapes = {**HEAD_SUMS, **LAYER_COUNTS}
+        if set(tensors) != set(shapes):
+            odd = sorted(set(tensors) ^ set(shapes))
+            raise InputError(
+                f"{path} does not hold the sums this version knows: {', '.join(odd)} differ; collect again"
+            )
+        for name, tensor in tensors.items():
+            lead = tensors["entropy"].shape[: 1 if name in LAYER_COUNTS else 2]
+            if tensor.shape != (*lead, *shapes[name]):
+                raise InputError(
+                    f"{path}: {name} has the shape {tuple(tensor.shape)}, expected {(*lead, *shapes[name])}"
+                )
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {name} holds values that are not finite numbers")
+        return cls(tensors, int(header["documents"]), int(header["longest"])), header
+
+
+def empty_layer(heads: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for one layer's sums on `device`, float64."""
+    sums = {name: torch.zeros(heads, *shape, dtype=torch.float64, device=device) for name, shape in HEAD_SUMS.items()}
+    counts = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in LAYER_COUNTS.items()}
+    return sums | counts
+
+
+def add_block(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, first: int, window: int | None) -> None:
+    """Add a block of queries to one layer's sums, in place.
+
+    `weights` `[head, query, key]` float32, contiguous: attention of the queries at positions `first`, `first + 1` ...
+    to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` its logarithm,
+    finite everywhere. `window` is the layer's sliding window, None without one.
+    """
+    _, queries, keys = weights.shape
+    position = torch.arange(first, first + queries, device=weights.device)
+    visible = position + 1 if window is None else (position + 1).clamp(max=window)
+    log_visible = visible.double().log()
+
+    entropy = -torch.linalg.vecdot(weights, log_weights).double()  # [head, query]
+    sums["entropy"] += entropy.sum(1)
+    sums["entropy_squared"] += entropy.square().sum(1)
+    varied = visible > 1
+    sums["normalized_entropy"] += (entropy[:, varied] / log_visible[varied]).sum(1)
+    sums["max_weight"] += weights.amax(-1).double().sum(1)
+    sums["queries"] += queries
+    sums["varied_queries"] += varied.sum()
+    sums["log_visible"] += log_visible.sum()
+
+    width = min(SINK_POSITIONS, keys)
+    sums["sinks"][:, :width] += weights[..., :width].double().sum(1)
+    if first < EARLY_QUERIES:
+        rows = min(queries, EARLY_QUERIES - first)
+        sums["early"][:, first : first + rows, :width] += weights[:, :rows, :width].double()
+
+    by_distance = sum_by_distance(weights, first, DISTANCES)
+    sums["relative"] += by_distance
+    sums["relative_tail"] += queries - by_distance.sum(1)
+    if first < DISTANCES + SINK_POSITIONS:  # later queries are farther than DISTANCES from every sink
+        sums["relative_sinks"] += sum_by_distance(weights[..., :width].contiguous(), first, DISTANCES)
+    sums["recent"] += sum_recent(weights, position, visible)
+
+
+def sum_by_distance(weights: Tensor, first: int, distances: int) -> Tensor:
+    """Sum `weights` `[head, query, key]` along the diagonals: result `[head, distance]`, float64.
+
+    Query i stands at position `first + i`, key j at position j; distance is query minus key. Diagonals become columns
+    of a strided view (one step in queries is one step in keys), so no element is copied once the block is far enough
+    from the start; near it, the block is padded with zero keys at negative positions.
+    """
+    heads, queries, keys = weights.shape
+    reach = min(distances, first + queries)  # distances that occur
+    lowest = first - (reach - 1)  # key position of query 0 at distance reach - 1, negative near the start
+    highest = first + queries  # one past the key position of the last query at distance 0
+    left, right = max(-lowest, 0), max(highest - keys, 0)
+    if left or right:
+        weights = torch.nn.functional.pad(weights, (left, right))
+    row = weights.shape[2]
+    view = weights.as_strided(
+        (heads, queries, reach), (queries * row, row + 1, 1), weights.storage_offset() + lowest + left
+    )
+    result = torch.zeros(heads, distances, dtype=torch.float64, device=weights.device)
+    result[:, :reach] = view.sum(1).flip(-1)
+    return result
+
+
+def sum_recent(weights: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+    """Weight on the most recent keys, for each percent of the visible ones: `[head, RECENT_STEPS]`, float64."""
+    percent = torch.arange(1, RECENT_STEPS + 1, device=weights.device)
+    count = (visible[:, None] * percent // RECENT_STEPS).clamp(min=1)  # [query, step]
+    before = position[:, None] - count  # the last key that is not recent; -1: all are
+    cumulated = weights.cumsum(-1)  # [head, query, key]
+    index = before.clamp(min=0).expand(weights.shape[0], -1, -1)
+    not_recent = cumulated.gather(-1, index).masked_fill(before < 0, 0)
+    return (cumulated[..., -1:] - not_recent).double().sum(1)

@@ -1,0 +1,131 @@
+"""From head statistics to classes: the first-pass taxonomy and the refined one.
+
+Entropies are in nats and grow with the text, so thresholds belong to one text length; the length is in `model_info`. The
+refined rules and confidences are those behind the published classification of Pythia-2.8b, all of whose 1,024 heads they
+reproduce. A class describes a head; it does not price it.
+"""
+
+from collections.abc import Sequence
+
+from kvcompress.analysis.statistics import HeadStatistics
+from kvcompress.heads import HeadClassification, HeadType
+from kvcompress.params import ThresholdParams, WindowParams
+from kvcompress.retention import UNBOUNDED, Strategy
+
+LOW_ENTROPY_THRESHOLD = 1.5  # nats; below: candidate for a positional head
+HIGH_ENTROPY_THRESHOLD = 3.0  # nats; from here: gathering
+HIGH_LOCAL_THRESHOLD = 0.6  # share of attention on the local window
+HIGH_SINK_THRESHOLD = 0.3  # share of attention on the sinks
+DEAD_THRESHOLD = 0.1  # nats; KL divergence to uniform below this: dead
+
+DEFAULT_THRESHOLDS = ThresholdParams(
+    low_entropy=LOW_ENTROPY_THRESHOLD,
+    high_entropy=HIGH_ENTROPY_THRESHOLD,
+    local=HIGH_LOCAL_THRESHOLD,
+    sink=HIGH_SINK_THRESHOLD,
+    dead=DEAD_THRESHOLD,
+)
+DEFAULT_WINDOWS = WindowParams()
+
+
+def build(
+    head: HeadStatistics,
+    head_type: HeadType,
+    confidence: float,
+    strategy: Strategy = "full",
+    window: int = UNBOUNDED,
+    sink_size: int = 4,
+) -> HeadClassification:
+    """A classification whose flags follow from its strategy."""
+    return HeadClassification(
+        layer_idx=head.layer_idx,
+        head_idx=head.head_idx,
+        head_type=head_type,
+        confidence=min(max(confidence, 0.0), 1.0),
+        can_prune=strategy == "prune",
+        can_limit_window=strategy in ("sink_window", "window_only"),
+        recommended_window=window,
+        keep_sinks=strategy == "sink_window",
+        sink_size=sink_size,
+        use_full_cache=strategy == "full",
+        compression_strategy=strategy,
+    )
+
+
+def dead(head: HeadStatistics, thresholds: ThresholdParams, sink_size: int) -> HeadClassification | None:
+    """A head whose attention is nearly uniform moves no information from any place: it can go."""
+    if head.uniformity_score >= thresholds.dead:
+        return None
+    return build(head, HeadType.DEAD, 1 - head.uniformity_score / thresholds.dead, "prune", 0, sink_size)
+
+
+def classify_first_pass(
+    head: HeadStatistics,
+    thresholds: ThresholdParams = DEFAULT_THRESHOLDS,
+    windows: WindowParams = DEFAULT_WINDOWS,
+    sink_size: int = 4,
+) -> HeadClassification:
+    """The coarse taxonomy, first match wins.
+
+    dead: KL to uniform < thresholds.dead. positional: entropy < low_entropy and sinks plus local window hold at least
+    thresholds.local of the attention, so that position alone explains it. gathering: entropy >= high_entropy. mixed: the
+    rest. Positional heads get the positional window, with sinks where the sink ratio is above thresholds.sink.
+    """
+    if found := dead(head, thresholds, sink_size):
+        return found
+    entropy, sink = head.mean_entropy, head.sink_ratio
+    low, high = thresholds.low_entropy, thresholds.high_entropy
+    if entropy < low and sink + head.local_ratio >= thresholds.local:
+        strategy: Strategy = "sink_window" if sink > thresholds.sink else "window_only"
+        return build(head, HeadType.POSITIONAL, sink + head.local_ratio, strategy, windows.sink_positional, sink_size)
+    if entropy >= high:
+        return build(head, HeadType.GATHERING, (entropy - high) / 2, sink_size=sink_size)
+    return build(head, HeadType.MIXED, 0.5, sink_size=sink_size)
+
+
+def classify_refined(
+    head: HeadStatistics,
+    thresholds: ThresholdParams = DEFAULT_THRESHOLDS,
+    windows: WindowParams = DEFAULT_WINDOWS,
+    sink_size: int = 4,
+) -> HeadClassification:
+    """The refined taxonomy, first match wins: dead, sink_positional, true_positional, gathering, sink_mixed, mixed.
+
+    | class | rule | window | confidence |
+    | --- | --- | --- | --- |
+    | dead | KL to uniform < dead | pruned | 1 - KL / dead |
+    | sink_positional | entropy < low, sink > thresholds.sink | sinks + sink_positional | sink ratio |
+    | true_positional | entropy < low, local > thresholds.local | true_positional, or the wide one | (1 - entropy / low) local / thresholds.local |
+    | gathering | entropy >= high | all | (entropy - high) / 2 |
+    | sink_mixed | sink > thresholds.sink | sinks + min ... max, linear in entropy | sink (high - entropy) / (high - low) |
+    | mixed | the rest | all | 0.5 |
+    """  # noqa: E501 (a table)
+    if found := dead(head, thresholds, sink_size):
+        return found
+    entropy, sink, local = head.mean_entropy, head.sink_ratio, head.local_ratio
+    low, high = thresholds.low_entropy, thresholds.high_entropy
+    if entropy < low and sink > thresholds.sink:
+        return build(head, HeadType.SINK_POSITIONAL, sink, "sink_window", windows.sink_positional, sink_size)
+    if entropy < low and local > thresholds.local:
+        confidence = (low - entropy) / low * local / thresholds.local if thresholds.local else 1.0
+        window = windows.true_positional_wide if local < windows.wide_below_local else windows.true_positional
+        return build(head, HeadType.TRUE_POSITIONAL, confidence, "window_only", window, sink_size)
+    if entropy >= high:
+        return build(head, HeadType.GATHERING, (entropy - high) / 2, sink_size=sink_size)
+    if sink > thresholds.sink:
+        position = (entropy - low) / (high - low)  # 0 at the low bound, 1 at the high one
+        window = int(windows.sink_mixed_min + (windows.sink_mixed_max - windows.sink_mixed_min) * position)
+        return build(head, HeadType.SINK_MIXED, sink * (1 - position), "sink_window", window, sink_size)
+    return build(head, HeadType.MIXED, 0.5, sink_size=sink_size)
+
+
+def classify_heads(
+    statistics: Sequence[HeadStatistics],
+    thresholds: ThresholdParams = DEFAULT_THRESHOLDS,
+    windows: WindowParams = DEFAULT_WINDOWS,
+    sink_size: int = 4,
+    refined: bool = True,
+) -> list[HeadClassification]:
+    """One classification for every head, in the order of `statistics`."""
+    classify = classify_refined if refined else classify_first_pass
+    return [classify(head, thresholds, windows, sink_size) for head in statistics]

@@ -1,0 +1,48 @@
+"""Run a model over documents and collect the sums of its attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from kvcompress.analysis.attention_sums import AttentionSums
+from kvcompress.analysis.observe import observing, require_observable
+from kvcompress.errors import InputError
+from kvcompress.models import input_device
+
+
+def collect_attention(
+    model: PreTrainedModel, documents: Sequence[Tensor], chunk_size: int = 512, progress: bool = True
+) -> AttentionSums:
+    """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents.
+
+    A document is fed in chunks of `chunk_size` tokens with a KV cache, so chunking changes memory and never the result.
+    Raises `UnsupportedModelError` where the model's attention cannot be observed, `InputError` for a document of one
+    token or longer than the model's context.
+    """
+    shape = require_observable(model)
+    if chunk_size < 1:
+        raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
+    for tokens in documents:
+        if len(tokens) > shape.max_context:
+            raise InputError(f"a document of {len(tokens)} tokens exceeds the model's context of {shape.max_context}")
+        if len(tokens) < 2:
+            raise InputError(f"a document has {len(tokens)} tokens, expected at least 2")
+    total: AttentionSums | None = None
+    with (
+        torch.inference_mode(),
+        tqdm(total=sum(map(len, documents)), unit="tok", desc="attention", disable=not progress) as bar,
+    ):
+        for tokens in documents:
+            with observing(model) as observer:
+                cache = DynamicCache() if len(tokens) > chunk_size else None
+                for chunk in tokens.to(input_device(model)).split(chunk_size):
+                    model.base_model(chunk[None], past_key_values=cache, use_cache=cache is not None)
+                    bar.update(len(chunk))
+            sums = observer.sums(shape.num_layers)
+            total = sums if total is None else total + sums
+    if total is None:
+        raise InputError("there are no documents to collect attention from")
+    return total

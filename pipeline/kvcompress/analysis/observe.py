@@ -1,0 +1,193 @@
+"""Observing attention from inside: a registered attention function that computes exact attention block by block.
+
+Every block of queries gets its weights, adds them to the layer's sums (`attention_sums`) and its output, and is gone:
+the largest thing that exists at a time is one block `[query head, block, key]`. The output is what the model's own
+attention gives, so the layers above see the true hidden states. Works for every architecture that dispatches through
+transformers' attention interface, with grouped or multi-head attention, sliding windows and logit soft-capping.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from kvcompress.analysis.attention_sums import AttentionSums, add_block, empty_layer
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.models import ModelShape, input_device, model_shape
+
+NAME = "kvcompress_observe"
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # weights a block may hold: 4 MiB stays in a CPU's cache
+MASKED = torch.finfo(torch.float32).min  # finite, so that weight 0 times its logarithm is 0
+
+_active: ContextVar["AttentionObserver | None"] = ContextVar("kvcompress_observer", default=None)
+
+
+class AttentionObserver:
+    """Collects one document's attention sums; the document may come in chunks with a KV cache between them."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, Tensor]] = {}
+        self.seen: dict[int, int] = {}
+
+    def sums(self, num_layers: int) -> AttentionSums:
+        """The document's sums. Raises `UnsupportedModelError` where a layer's attention was never seen."""
+        if len({layer["entropy"].shape for layer in self.layers.values()}) > 1:
+            raise UnsupportedModelError("the model's layers have different numbers of heads, which is not supported")
+        missing = sorted(set(range(num_layers)) - set(self.layers))
+        if missing:
+            raise UnsupportedModelError(
+                f"layer {missing[0]} does not dispatch through transformers' attention interface "
+                f"({len(missing)} of {num_layers} layers), so its attention cannot be observed"
+            )
+        return AttentionSums.stack([self.layers[i] for i in range(num_layers)], self.seen[0])
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [query_head, query, head_dim]
+        key: Tensor,  # [kv_head, key, head_dim]
+        value: Tensor,  # [kv_head, key, value_dim]
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention output `[query, query_head, value_dim]`; adds the weights to the layer's sums on the way."""
+        heads, length, _ = query.shape
+        kv_heads, keys, _ = key.shape
+        first = self.seen.get(layer, 0)
+        if keys != first + length:
+            raise UnsupportedModelError(
+                f"layer {layer} got {keys} keys after {first + length} tokens: a cache that drops keys hides attention"
+            )
+        self.seen[layer] = keys
+        sums = self.layers.setdefault(layer, empty_layer(heads, query.device))
+        group = heads // kv_heads
+        query = query.float().view(kv_heads, group, length, -1)
+        transposed = key.float().transpose(1, 2)  # [kv_head, head_dim, key]
+        output = value.new_empty(length, heads, value.shape[-1])
+        start = 0
+        while start < length:
+            step = block_size(heads, first + start, query.device)
+            stop = min(start + step, length)
+            end = first + stop  # keys that this block may see
+            scores = torch.bmm(query[:, :, start:stop].flatten(1, 2) * scaling, transposed[:, :, :end])
+            scores = scores.view(heads, stop - start, end)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            hide(scores, first + start, window)
+            log_weights = torch.log_softmax(scores, -1)
+            weights = torch.exp(log_weights, out=scores)
+            add_block(sums, log_weights, weights, first + start, window)
+            grouped = weights.to(value.dtype).view(kv_heads, group * (stop - start), end)
+            mixed = torch.bmm(grouped, value[:, :end])  # [kv_head, group * query, value_dim]
+            output[start:stop] = mixed.view(heads, stop - start, -1).transpose(0, 1)
+            start = stop
+        return output
+
+
+def block_size(heads: int, keys: int, device: torch.device) -> int:
+    """Queries in the next block, at least 16: few enough that heads x queries x keys stays within the block's limit."""
+    limit = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"])
+    return max(16, min(256, limit // (heads * (keys + 1))))
+
+
+def hide(scores: Tensor, first: int, window: int | None) -> None:
+    """Set the scores of keys that a query may not see, in place; `scores` `[head, query, key]`."""
+    queries, keys = scores.shape[1:]
+    future = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
+    scores[..., keys - queries :].masked_fill_(future, MASKED)
+    if window is not None and keys > window:
+        position = torch.arange(first, first + queries, device=scores.device)
+        key = torch.arange(keys, device=scores.device)
+        scores.masked_fill_(key <= position[:, None] - window, MASKED)
+
+
+def observed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, query_head, query, head_dim]
+    key: Tensor,  # [1, kv_head, key, head_dim]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; needs `observing` around it and a batch of one."""
+    observer = _active.get()
+    if observer is None:
+        raise UnsupportedModelError(f"attention {NAME!r} works only inside `with observing(model)`")
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"attention with {name} (a learned term in the softmax) cannot be observed yet")
+    if query.shape[0] != 1:
+        raise UnsupportedModelError(f"attention is observed one text at a time, found a batch of {query.shape[0]}")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    layer = cast(int, module.layer_idx)
+    output = observer.attend(layer, query[0], key[0], value[0], scaling, sliding_window, softcap)
+    return output[None], None
+
+
+AttentionInterface.register(NAME, observed_attention)
+
+
+@contextmanager
+def observing(model: PreTrainedModel) -> Iterator[AttentionObserver]:
+    """Switch the model to observed attention and yield the observer; the model's own attention returns on exit.
+
+    Raises `UnsupportedModelError` where the model does not take another attention function.
+    """
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} does not take another attention function") from error
+    observer = AttentionObserver()
+    token = _active.set(observer)
+    try:
+        yield observer
+    finally:
+        _active.reset(token)
+        model.set_attn_implementation(before)
+
+
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+PROBE_TOKENS = 48
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def require_observable(model: PreTrainedModel) -> ModelShape:
+    """The model's shape, if its attention can be observed; else `UnsupportedModelError` that says what stands against it.
+
+    The proof is a short run: with observed attention the hidden states must be those of the model's own attention, within
+    rounding. So a term that the observer does not know (a bias, a learned sink, another mask) is found, whatever its name.
+    """
+    name, shape = type(model).__name__, model_shape(model.config)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} does not dispatch through transformers' attention interface")
+    unknown = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(sorted(unknown))}, which hold no plain KV cache"
+        )
+    length = min(PROBE_TOKENS, shape.max_context)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(length, device=input_device(model)) * 7919 + 11)[None] % vocabulary
+    with torch.inference_mode():
+        own = model.base_model(ids, use_cache=False).last_hidden_state.float()
+        with observing(model) as observer:
+            observed = model.base_model(ids, use_cache=False).last_hidden_state.float()
+        observer.sums(shape.num_layers)
+    difference = float((own - observed).norm() / own.norm())
+    if not difference <= PROBE_TOLERANCE.get(model.dtype, 1e-3):
+        raise UnsupportedModelError(
+            f"{name}: observed attention changes the hidden states by {difference:.1%}, so this model's attention has a "
+            "term that cannot be observed"
+        )
+    return shape

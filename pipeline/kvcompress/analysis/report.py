@@ -1,0 +1,195 @@
+"""The two text reports: `validation_report.txt` (what the classes found) and `analysis_summary.txt` (what was measured)."""
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+from kvcompress.analysis.statistics import REGIONS, HeadStatistics
+from kvcompress.heads import HeadClassification, HeadType, ModelInfo
+from kvcompress.retention import STRATEGIES, Retention, join_query_heads
+
+RULE, LINE = "=" * 80, "-" * 40
+REFINED = (
+    HeadType.SINK_POSITIONAL,
+    HeadType.TRUE_POSITIONAL,
+    HeadType.SINK_MIXED,
+    HeadType.GATHERING,
+    HeadType.MIXED,
+    HeadType.DEAD,
+)
+FIRST_PASS = (HeadType.POSITIONAL, HeadType.GATHERING, HeadType.MIXED, HeadType.DEAD)
+
+
+def section(title: str) -> list[str]:
+    return ["", title, LINE]
+
+
+def counted(label: str, count: int, total: int) -> str:
+    return f"  {label:<20}: {count:>4} heads ({100 * count / total:5.1f}%)"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f} ± {pstdev(values):.3f}"
+
+
+def model_lines(info: ModelInfo) -> list[str]:
+    """Which model, text and measure a report speaks of, as far as the file knows."""
+    name = info.model_id or "unknown model"
+    lines = [f"Model: {name}" + (f", revision {info.revision}" if info.revision else "")]
+    groups = f", {info.num_key_value_heads} KV heads" if info.num_key_value_heads else ""
+    lines.append(f"Shape: {info.num_layers} layers x {info.num_heads} query heads{groups}")
+    if info.documents:
+        lines.append(
+            f"Text:  {info.documents} documents, {info.queries} queries, at most {info.max_tokens} tokens each"
+        )
+    measure = f"sink_size {info.sink_size}, local_window {info.local_window}, recent_ratio {info.recent_ratio}"
+    return [*lines, f"Means over all queries; entropies in nats; {measure}"]
+
+
+def validation_report(
+    info: ModelInfo,
+    statistics: Sequence[HeadStatistics],
+    classes: Sequence[HeadClassification],
+    first_pass: Sequence[HeadClassification] | None = None,
+) -> str:
+    """Summary, strategies, compression potential, statistics by type, KV groups, and how the first pass maps on it.
+
+    `statistics` and `classes` (and `first_pass`) list the same heads in the same order.
+    """
+    total = len(classes)
+    types = REFINED if not any(head.head_type is HeadType.POSITIONAL for head in classes) else FIRST_PASS
+    by_type = {kind: [s for s, c in zip(statistics, classes, strict=True) if c.head_type is kind] for kind in types}
+    lines = [RULE, "HEAD CLASSIFICATION VALIDATION REPORT", RULE, *model_lines(info)]
+
+    lines += section("CLASSIFICATION SUMMARY")
+    lines += [counted(kind.value, len(heads), total) for kind, heads in by_type.items()]
+
+    lines += section("COMPRESSION STRATEGY SUMMARY")
+    strategies = Counter(head.compression_strategy for head in classes)
+    lines += [counted(strategy, strategies[strategy], total) for strategy in STRATEGIES]
+
+    compressible = sum(head.compression_strategy != "full" for head in classes)
+    sinks = sum(head.keep_sinks for head in classes)
+    lines += section("COMPRESSION POTENTIAL")
+    lines += [
+        f"  Total heads: {total}",
+        f"  Compressible (not full cache): {compressible} ({100 * compressible / total:.1f}%)",
+        f"  Require sink tokens: {sinks} ({100 * sinks / total:.1f}%)",
+    ]
+
+    lines += section("DETAILED STATISTICS BY TYPE (mean ± standard deviation over heads)")
+    for kind, heads in by_type.items():
+        if heads:
+            lines += ["", f"  {kind.value.upper()}", f"    Count: {len(heads)}"]
+            lines += [f"    Sink ratio: {spread([head.sink_ratio for head in heads])}"]
+            lines += [f"    Local ratio: {spread([head.local_ratio for head in heads])}"]
+            lines += [f"    Entropy: {spread([head.mean_entropy for head in heads])}"]
+
+    if info.num_key_value_heads and info.num_key_value_heads < info.num_heads:
+        lines += kv_groups(info, classes)
+    if first_pass is not None:
+        lines += transitions(first_pass, classes)
+    return "\n".join([*lines, "", RULE, ""])
+
+
+def kv_groups(info: ModelInfo, classes: Sequence[HeadClassification]) -> list[str]:
+    """What grouped-query attention leaves of it: a KV head must serve the widest wish of its query heads."""
+    assert info.num_key_value_heads
+    size = info.num_heads // info.num_key_value_heads
+    groups = [classes[start : start + size] for start in range(0, len(classes), size)]
+    joined = join_query_heads([head.retention for head in classes], len(groups))
+    mixed = sum(len({head.head_type for head in group}) > 1 for group in groups)
+    lines = section(f"KV GROUPS (one KV head serves {size} query heads; wishes joined by union)")
+    lines += [
+        f"  Total KV heads: {len(groups)}",
+        f"  Compressible (every query head agrees): {sum(not kept.unbounded for kept in joined)}",
+        f"  Query heads of different classes: {mixed}",
+        "  layer  per KV head: sinks + window, 'full' or 'prune'",
+    ]
+    width = info.num_key_value_heads
+    for layer in range(info.num_layers):
+        cells = [retention_word(kept) for kept in joined[layer * width : (layer + 1) * width]]
+        lines.append(f"  {layer:>5}  " + "  ".join(f"{cell:>8}" for cell in cells))
+    return lines
+
+
+def retention_word(kept: Retention) -> str:
+    if kept.pruned:
+        return "prune"
+    return "full" if kept.unbounded else f"{kept.sinks} + {kept.window}"
+
+
+def transitions(first_pass: Sequence[HeadClassification], refined: Sequence[HeadClassification]) -> list[str]:
+    """How many heads went from each first-pass class to each refined one."""
+    counts = Counter((a.head_type.value, b.head_type.value) for a, b in zip(first_pass, refined, strict=True))
+    lines = section("FIRST PASS -> REFINED")
+    return lines + [f"  {old:<12} -> {new:<16}: {count:>4} heads" for (old, new), count in sorted(counts.items())]
+
+
+def class_metrics(info: ModelInfo, classes: Sequence[HeadClassification]) -> dict[str, object]:
+    """The report's numbers for `dvc metrics`: heads by class, shares in [0, 1], and KV heads all of whose query heads
+    agree on a bound."""
+    counts = Counter(head.head_type for head in classes)
+    kv_heads = info.num_layers * (info.num_key_value_heads or info.num_heads)
+    joined = join_query_heads([head.retention for head in classes], kv_heads)
+    return {
+        "heads": {kind.value: counts[kind] for kind in REFINED},
+        "compressible_share": round(fmean(head.compression_strategy != "full" for head in classes), 6),
+        "sink_share": round(fmean(head.keep_sinks for head in classes), 6),
+        "compressible_kv_heads": sum(not kept.unbounded for kept in joined),
+        "kv_heads": len(joined),
+    }
+
+
+def analysis_summary(
+    info: ModelInfo, statistics: Sequence[HeadStatistics], classes: Sequence[HeadClassification]
+) -> str:
+    """What was measured: overall and layer means, the extreme heads, the distance profile, the counts of classes."""
+    lines = [RULE, "ATTENTION ANALYSIS SUMMARY", RULE, *model_lines(info)]
+    entropies = [head.mean_entropy for head in statistics]
+    lines += section("ALL HEADS (mean ± standard deviation over heads)")
+    lines += [f"  Entropy: {spread(entropies)}, from {min(entropies):.3f} to {max(entropies):.3f}"]
+    normalized = [head.normalized_entropy for head in statistics if head.normalized_entropy is not None]
+    if normalized:
+        lines += [f"  Normalized entropy: {spread(normalized)}"]
+    lines += [f"  Largest weight: {spread([head.max_attention_mean for head in statistics])}"]
+    for region in REGIONS:
+        lines += [f"  Weight on {region:<6}: {spread([head.position_preference[region] for head in statistics])}"]
+    near = [sum(head.relative_position_dist[:8]) for head in statistics]
+    wide = [sum(head.relative_position_dist) for head in statistics]
+    lines += [
+        f"  Weight within 8 and {len(statistics[0].relative_position_dist)} tokens: {spread(near)}, {spread(wide)}"
+    ]
+
+    lines += section("BY LAYER (means over heads)")
+    lines += ["  layer  entropy  sink   local  classes"]
+    for layer in range(info.num_layers):
+        heads = [head for head in statistics if head.layer_idx == layer]
+        kinds = Counter(head.head_type.value for head in classes if head.layer_idx == layer)
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        means = [
+            fmean(values)
+            for values in zip(*((h.mean_entropy, h.sink_ratio, h.local_ratio) for h in heads), strict=True)
+        ]
+        lines.append(f"  {layer:>5}  {means[0]:7.3f}  {means[1]:.3f}  {means[2]:.3f}  {found}")
+
+    lines += section("EXTREME HEADS (layer.head)")
+    measures = {
+        "lowest entropy": sorted(statistics, key=lambda head: head.mean_entropy),
+        "highest entropy": sorted(statistics, key=lambda head: -head.mean_entropy),
+        "highest sink ratio": sorted(statistics, key=lambda head: -head.sink_ratio),
+        "highest local ratio": sorted(statistics, key=lambda head: -head.local_ratio),
+    }
+    for label, ranked in measures.items():
+        shown = []
+        for head in ranked[:5]:
+            value = (
+                head.mean_entropy if "entropy" in label else head.sink_ratio if "sink" in label else head.local_ratio
+            )
+            shown.append(f"{head.layer_idx}.{head.head_idx} ({value:.3f})")
+        lines.append(f"  {label:<20}: " + ", ".join(shown))
+
+    lines += section("CLASSES")
+    counts = Counter(head.head_type for head in classes)
+    lines += [counted(kind.value, count, len(classes)) for kind, count in counts.most_common()]
+    return "\n".join([*lines, "", RULE, ""])

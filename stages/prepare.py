@@ -1,0 +1,36 @@
+"""Fetch and check the model and the texts. Run: python -m stages.prepare"""
+
+from pathlib import Path
+
+from kvcompress.artifacts import write_json
+from kvcompress.corpora import prepare_corpus
+from kvcompress.models import resolve_model
+from kvcompress.params import CorpusParams, load_section
+
+from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    model_id: ModelId = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """Resolve the model to exact files, convert it where it must be, and cut the texts into calibration and evaluation."""
+    corpus = load_section(CorpusParams, params)
+    model = model_params(params, model_id, bf16, device)
+    record = resolve_model(model, data_dir / "model")
+    write_json(data_dir / "model.json", record.model_dump())
+    print(f"model: {record.id} ({record.revision}), {record.architecture}, {record.num_layers} layers")
+    texts = prepare_corpus(corpus, data_dir / "corpus").texts
+    for name, text in texts.items():
+        judged = text.characters - text.calibration_characters
+        print(f"text: {name}, {text.calibration_characters} characters for calibration, {judged} for evaluation")
+
+
+if __name__ == "__main__":
+    run(app)
