@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -131,7 +132,7 @@ def convert_packaged(source: PackagedModel, target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=name, quantization_config=dequantize, dtype=torch.float32
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # readers of a foreign format raise whatever a malformed byte leads to
             raise InputError(f"{source.file} cannot be read as a GGUF model: {first_line(error)}") from error
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -212,7 +213,7 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
         )
         if not params.device_map:
             model.to(resolve_device(params.device))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
     return model.eval(), tokenizer
 

@@ -23,6 +23,14 @@ class PlanModel(BaseModel):
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def heads_are_grouped(self) -> "PlanModel":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot be shared by {self.num_key_value_heads} KV heads"
+            )
+        return self
+
 
 class PlanHead(BaseModel):
     """One line of a plan file."""
