@@ -18,9 +18,10 @@ from kvcompress.artifacts import write_json, write_tensors
 from kvcompress.errors import InputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-for write in (lambda: write_json({path!r}, ["x" * 100] * 1000), lambda: write_tensors({path!r}, {{"a": torch.zeros(9999)}}, {{}})):
+tensors = {{"a": torch.zeros(9999)}}
+for write, value in ((write_json, (["x" * 100] * 1000,)), (write_tensors, (tensors, {{}}))):
     try:
-        write()
+        write({path!r}, *value)
     except InputError as error:
         print(error)
 """

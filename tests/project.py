@@ -1,0 +1,65 @@
+"""A copy of the project in a temporary folder, with a tiny local model and short texts in its params.yaml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.tiny import prose, save_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = (
+    "pipeline",
+    "stages",
+    "dvc.yaml",
+    "params.yaml",
+    ".dvcignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".gitignore",
+)
+
+
+def copy_project(folder: Path) -> Path:
+    """Everything that the pipeline needs, without results; `params.yaml` keeps the committed thresholds."""
+    for name in PROJECT:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, target)
+    (folder / "data").mkdir()
+    save_tiny("llama", folder / "models/tiny")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["model"] |= {"source": "local", "local": {"path": "models/tiny"}}
+    texts = {"seen": 0.6, "unseen": 0.0}
+    for i, name in enumerate(texts):
+        (folder / f"{name}.txt").write_text(prose(400, i))
+    params["corpus"]["texts"] = {
+        name: {"source": "file", "file": f"{name}.txt", "calibration": share} for name, share in texts.items()
+    }
+    params["collect"] = {"max_tokens": 200, "chunk_size": 64, "documents_per_text": 2}
+    params["plots"] = {"dpi": 60}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return folder
+
+
+def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command in the copy; `python` and `dvc` are those of this interpreter's environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    quiet = {"DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    names = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t"}
+    environment = {**os.environ, **quiet, **names, "PATH": path, "COLUMNS": "200"}
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def stage(folder: Path, name: str, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(folder, sys.executable, "-m", f"stages.{name}", *flags, check=check)

@@ -1,0 +1,168 @@
+"""The pipeline as DVC sees it: what a stage declares is what it uses, and a threshold reruns only what depends on it."""
+
+import ast
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from kvcompress.params import SECTIONS
+
+from tests.project import ROOT, copy_project, run
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+BY_CLASS = {section.__name__: name for name, section in SECTIONS.items()}
+
+
+def script(stage: str) -> Path:
+    (module,) = set(re.findall(r"python -m stages\.(\w+)", STAGES[stage]["cmd"]))
+    return ROOT / "stages" / f"{module}.py"
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Project files that a file imports directly, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            for base in (ROOT, ROOT / "pipeline"):
+                for depth in range(1, len(parts) + 1):
+                    place = base.joinpath(*parts[:depth])
+                    found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+    return found
+
+
+def import_closure(path: Path) -> set[Path]:
+    closure, todo = set(), {path, ROOT / "stages/__init__.py"}
+    while todo:
+        file = todo.pop()
+        closure.add(file)
+        todo |= imported_files(file) - closure
+    return closure
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_the_import_closure(stage: str) -> None:
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    needed = {str(file.relative_to(ROOT)) for file in import_closure(script(stage))}
+    assert declared == needed
+
+
+def sections_read(file: Path) -> set[str]:
+    """Sections of params.yaml that a file passes to `load_section`."""
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    names = [node.args[0] for node in calls if getattr(node.func, "id", None) == "load_section" and node.args]
+    return {BY_CLASS[name.id] for name in names if isinstance(name, ast.Name) and name.id in BY_CLASS}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_are_the_sections_that_are_read(stage: str) -> None:
+    source = script(stage)
+    read = sections_read(source)
+    if "model_params(" in source.read_text():
+        read |= sections_read(ROOT / "stages/common.py")
+    assert read
+    assert set(STAGES[stage]["params"]) == read
+
+
+def test_every_stage_is_described_and_every_section_used() -> None:
+    assert all(len(stage["desc"]) > 40 and stage["desc"].endswith(".") for stage in STAGES.values())
+    assert {name for stage in STAGES.values() for name in stage["params"]} == set(SECTIONS)
+
+
+def skipped(output: str) -> set[str]:
+    return set(re.findall(r"Stage '(\w+)' didn't change, skipping", output))
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '(\w+)'", output))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = copy_project(tmp_path_factory.mktemp("project"))
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "start")
+    result = run(folder, "dvc", "repro")
+    assert ran(result.stdout) == set(STAGES)
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    return folder
+
+
+def test_a_second_run_does_nothing(project: Path) -> None:
+    output = run(project, "dvc", "repro").stdout
+    assert ran(output) == set()
+    assert skipped(output) == set(STAGES)
+
+
+def test_git_holds_reports_and_no_data(project: Path) -> None:
+    tracked = run(project, "git", "ls-files", "data", "reports").stdout.split()
+    assert [name for name in tracked if name.startswith("data")] == ["data/.gitignore"]
+    figures = {name for name in tracked if name.endswith(".png")}
+    assert len(figures) == 6
+    for name in ("analysis_summary.txt", "validation_report.txt", "metrics/classes.json", "plots/heads.json"):
+        assert f"reports/{name}" in tracked
+
+
+def test_results_do_not_depend_on_when_they_were_made(project: Path) -> None:
+    """Every stage once more from nothing: the lock file with all hashes stays as it was."""
+    before = (project / "dvc.lock").read_text()
+    result = run(project, "dvc", "repro", "--force")
+    assert ran(result.stdout) == set(STAGES)
+    assert (project / "dvc.lock").read_text() == before
+
+
+def test_a_threshold_reruns_only_what_depends_on_it(project: Path) -> None:
+    before = json.loads((project / "reports/metrics/classes.json").read_text())
+    sinks = sorted(row["sink"] for row in json.loads((project / "reports/plots/heads.json").read_text()))
+    # halfway between two heads, on the other side of the threshold that is set
+    value = round(next((a + b) / 2 for a, b in zip(sinks[1:], sinks, strict=False) if abs(a - b) > 1e-3), 4)
+    output = run(
+        project, "dvc", "exp", "run", "-S", f"thresholds.sink={value}", "-S", "thresholds.high_entropy=9.0"
+    ).stdout
+    assert skipped(output) == {"prepare", "collect_attention", "compute_stats"}
+    assert ran(output) == {"classify", "reclassify", "plot"}
+    after = json.loads((project / "reports/metrics/classes.json").read_text())
+    assert after != before
+    metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json").stdout)
+    assert any(change["diff"] for change in metrics["reports/metrics/classes.json"].values())
+    params = json.loads(run(project, "dvc", "params", "diff", "--json").stdout)
+    assert params["params.yaml"]["thresholds.sink"]["new"] == value
+    page = run(project, "dvc", "plots", "diff").stdout.strip()
+    assert "workspace" in Path(page.removeprefix("file://")).read_text()
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout", "-q")
+
+
+def test_the_measure_acts_without_the_model(project: Path) -> None:
+    output = run(project, "dvc", "repro", "--dry").stdout
+    assert ran(output) == set()
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("sink_size: 4", "sink_size: 5"))
+    output = run(project, "dvc", "repro").stdout
+    assert skipped(output) == {"prepare", "collect_attention"}
+    assert ran(output) == {"compute_stats", "classify", "reclassify", "plot"}
+
+
+def test_the_committed_lock_is_of_the_committed_pipeline() -> None:
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert set(lock) == set(STAGES)
+    committed = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for name, stage in STAGES.items():
+        locked = lock[name]["params"]["params.yaml"]
+        assert locked == {section: committed[section] for section in stage["params"]}, name
+
+
+def test_the_graph_can_be_drawn() -> None:
+    graph = subprocess.run(["dvc", "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert '"classify" -> "reclassify"' in graph
