@@ -180,3 +180,13 @@ def test_documents_the_model_cannot_read_are_refused() -> None:
         collect_attention(model, [], progress=False)
     with pytest.raises(InputError, match="chunk_size is 0"):
         collect_attention(model, [tokens(60)], 0, progress=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])
+def test_cuda_gives_the_same(name: str) -> None:
+    text = tokens(213)
+    expected = slow_statistics([attention_maps(tiny_model(name), text)], 3, 9, 17)
+    for chunk in (64, 213):
+        sums = collect_attention(tiny_model(name).cuda(), [text], chunk, progress=False)
+        assert_same(compute_statistics(sums, MEASURE), expected)
