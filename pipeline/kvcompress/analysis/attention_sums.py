@@ -120,8 +120,8 @@ def add_block(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
     entropy = -torch.linalg.vecdot(weights, log_weights).double()  # [head, query]
     sums["entropy"] += entropy.sum(1)
     sums["entropy_squared"] += entropy.square().sum(1)
-    varied = visible > 1
-    sums["normalized_entropy"] += (entropy[:, varied] / log_visible[varied]).sum(1)
+    varied = visible > 1  # the entropy over a single key is 0, whatever it is divided by
+    sums["normalized_entropy"] += (entropy / torch.where(varied, log_visible, 1.0)).sum(1)
     sums["max_weight"] += weights.amax(-1).double().sum(1)
     sums["queries"] += queries
     sums["varied_queries"] += varied.sum()

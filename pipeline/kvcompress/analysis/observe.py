@@ -20,7 +20,8 @@ from kvcompress.errors import UnsupportedModelError
 from kvcompress.models import ModelShape, input_device, model_shape
 
 NAME = "kvcompress_observe"
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # weights a block may hold: 4 MiB stays in a CPU's cache
+# device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches
+BLOCK_LIMITS = {"cpu": (2**20, 256), "cuda": (2**25, 4096)}
 MASKED = torch.finfo(torch.float32).min  # finite, so that weight 0 times its logarithm is 0
 
 _active: ContextVar["AttentionObserver | None"] = ContextVar("kvcompress_observer", default=None)
@@ -90,9 +91,13 @@ class AttentionObserver:
 
 
 def block_size(heads: int, keys: int, device: torch.device) -> int:
-    """Queries in the next block, at least 16: few enough that heads x queries x keys stays within the block's limit."""
-    limit = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"])
-    return max(16, min(256, limit // (heads * (keys + 1))))
+    """Queries in the next block, at least 16: few enough that heads x queries x keys stays within the block's limit.
+
+    `keys` stand before the block; a block of q queries sees keys + q.
+    """
+    elements, queries = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
+    room = elements / heads  # q (keys + q) <= room
+    return max(16, min(queries, int((keys**2 / 4 + room) ** 0.5 - keys / 2)))
 
 
 def hide(scores: Tensor, first: int, window: int | None) -> None:
