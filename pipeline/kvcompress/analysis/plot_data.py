@@ -23,8 +23,8 @@ def save_plot_data(
         by_layer.setdefault(head.layer_idx, []).append(head)
     layers = []
     for layer, heads in by_layer.items():
-        row = {"layer": layer, "entropy": round(fmean(head.mean_entropy for head in heads), 6)}
-        row |= {region: round(fmean(h.position_preference[region] for h in heads), 6) for region in ("sink", "local")}
+        row = {"layer": layer, "entropy": round(fmean(head.mean_entropy for head in heads), 4)}
+        row |= {region: round(fmean(h.position_preference[region] for h in heads), 4) for region in ("sink", "local")}
         layers.append(row)
     write_json(folder / "layers.json", layers)
 
@@ -32,6 +32,6 @@ def save_plot_data(
     for head, found in zip(statistics, classes, strict=True):
         entry: dict[str, int | float | str] = {"layer": head.layer_idx, "head": head.head_idx}
         entry |= {"class": found.head_type.value, "window": found.recommended_window}
-        entry |= {"entropy": round(head.mean_entropy, 6), "sink": round(head.sink_ratio, 6)}
-        rows.append({**entry, "local": round(head.local_ratio, 6)})
+        entry |= {"entropy": round(head.mean_entropy, 4), "sink": round(head.sink_ratio, 4)}
+        rows.append({**entry, "local": round(head.local_ratio, 4)})
     write_json(folder / "heads.json", rows)

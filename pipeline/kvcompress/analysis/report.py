@@ -87,9 +87,32 @@ def validation_report(
 
     if info.num_key_value_heads and info.num_key_value_heads < info.num_heads:
         lines += kv_groups(info, classes)
+    lines += insights(classes)
     if first_pass is not None:
         lines += transitions(first_pass, classes)
     return "\n".join([*lines, "", RULE, ""])
+
+
+def insights(classes: Sequence[HeadClassification]) -> list[str]:
+    """The classes in words, and the windows that the class table gives each of them."""
+    total, counts = len(classes), Counter(head.head_type for head in classes)
+    sinks = sum(head.keep_sinks for head in classes)
+    sink_heads, true_heads = counts[HeadType.SINK_POSITIONAL], counts[HeadType.TRUE_POSITIONAL]
+    lines = section("KEY INSIGHTS")
+    if true_heads:
+        lines.append(f"  Sink-positional heads outnumber true-positional ones by {sink_heads / true_heads:.1f}x")
+    lines.append(
+        f"  {100 * sinks / total:.1f}% of heads put so much weight on sinks that a window alone would starve them"
+    )
+    lines.append(f"  {counts[HeadType.GATHERING]} gathering heads look at everything and keep the full cache")
+    lines.append("  Classes describe attention; what a shorter cache costs a head has to be measured")
+    lines += section("RECOMMENDED COMPRESSION CONFIG (sinks + window of each class)")
+    for kind in HeadType:
+        wishes = [head.retention for head in classes if head.head_type is kind]
+        if wishes:
+            low, high = retention_word(min(wishes)), retention_word(max(wishes))
+            lines.append(f"  {kind.value:<20}: {low if low == high else f'{low} to {high}'}")
+    return lines
 
 
 def kv_groups(info: ModelInfo, classes: Sequence[HeadClassification]) -> list[str]:
