@@ -90,7 +90,7 @@ class CompressedLayer(CacheLayerMixin):
         held = [0] * self.heads
         for group in self.groups:
             for head in group.heads:
-                held[head] = group.filled
+                held[head] += group.filled
         return held
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, dropout: float) -> Tensor:

@@ -54,11 +54,6 @@ class RaggedLayer(CompressedLayer):
     def groups(self) -> list[Group]:
         return [*self._blocks, *([self._prompt] if self._prompt else [])]
 
-    def held(self) -> list[int]:
-        if self._in_prompt and self._prompt is not None:
-            return [self._prompt.filled] * self.heads
-        return super().held()
-
     def positions(self, row: int = 0) -> list[list[int]]:
         """Real positions that every KV head holds in one row of the batch, ascending."""
         positions: list[list[int]] = [[] for _ in range(self.heads)]

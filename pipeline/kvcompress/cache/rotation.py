@@ -39,7 +39,10 @@ class Rotation:
         if kind != "default" or "rope_theta" not in rope:
             raise UnsupportedModelError(f'positions="cache" needs the plain rotary embedding, this model has {kind!r}')
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(int(head * rope.get("partial_rotary_factor", 1.0)), float(rope["rope_theta"]))
+        dim = int(head * rope.get("partial_rotary_factor", 1.0))
+        if dim % 2:
+            raise UnsupportedModelError(f'positions="cache" needs an even number of rotary dimensions, not {dim}')
+        return cls(dim, float(rope["rope_theta"]))
 
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
         """Turn `[..., query, head_dim]` by positions `by`, integers that broadcast against `[..., query]`."""
