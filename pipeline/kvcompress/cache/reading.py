@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.rotation import Rotation
+from kvcompress.cache.spread import attend_spread, parts_for
 from kvcompress.retention import FULL, Retention
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
@@ -116,10 +117,14 @@ def _decode(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: 
     """One query: its key takes the place of the one that leaves the window, and every slot is then visible."""
     padding, position = reading.padding, group.seen
     group.append(keys, values, padding)
-    held_keys, held_values = group.read()
     renumbered = reading.rotation is not None and _renumbers(group, position)
     if not renumbered and not _hides(group.kept, position, reading.limit) and group.settled(padding):
-        return attend(query, held_keys, held_values, None, reading)
+        keys, values = group.block.read(group.block.slots)
+        parts = parts_for(query, keys, group.filled) if not reading.dropout else 1
+        if parts > 1:
+            return attend_spread(query, keys, values, group.filled, reading.scale, parts)
+        return attend(query, *group.read(), None, reading)
+    held_keys, held_values = group.read()
     at = reading.real(position, position + 1, keys.device)
     held_at = group.positions(padding, keys.device)
     visible = sees(at, held_at, group.kept, reading.limit)

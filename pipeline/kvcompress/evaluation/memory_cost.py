@@ -12,6 +12,7 @@ Neither measures time or quality.
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,10 +77,13 @@ def resident(
 ) -> None:
     """Compare fresh processes with a compressed cache and with DynamicCache: saved and predicted bytes, within 10 %."""
     found = {}
+    # The fresh processes have to find this very kvcompress, installed or not.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for part in (0.0, share):
         command = [sys.executable, "-m", "kvcompress.evaluation.memory_cost", "one", str(folder), str(part)]
         command += ["--context", str(context), "--chunk", str(chunk), *(["--random-weights"] * random_weights)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             typer.echo(done.stderr, err=True)
             raise typer.Exit(1)
