@@ -1,0 +1,110 @@
+"""The attention that reads a compressed cache, and how a model comes to use it.
+
+Registered with transformers as "kvcompress", once as attention and once as mask function: without the second,
+transformers would build no mask and padding would go unseen. Given anything but a compressed cache (none, or a
+`DynamicCache`) both do exactly what transformers' SDPA attention does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvcompress.cache.padding import MaskLength
+from kvcompress.cache.pending import Pending
+from kvcompress.errors import CacheUseError, UnsupportedModelError
+
+NAME = "kvcompress"
+# What some models' attention does beside softmax(QK)V; a compressed cache does not know these.
+UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias")
+
+
+def compressed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Pending,
+    value: Tensor | Pending,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention `[batch, query_head, query, head_dim]` -> `[batch, query, query_head, head_dim]`, and no weights."""
+    if not isinstance(key, Pending):
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out
+    if attention_mask is not None:
+        raise CacheUseError("a compressed cache takes a 2-D attention_mask [batch, seen + new], got a ready-made mask")
+    for term in UNKNOWN_TERMS:
+        if kwargs.get(term) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} uses {term} in its attention, which is not supported")
+    layer = key.layer
+    if layer.limit is None:
+        # A cache converted without the model's config learns of the model's sliding window here.
+        layer.limit = kwargs.get("sliding_window")
+    return layer.attend(query, key.keys, key.values, scaling, dropout), None
+
+
+def compressed_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Note the padding in the cache that asks; without a compressed cache, SDPA's own mask."""
+    if not isinstance(kv_length, MaskLength):
+        mask: Tensor | None = sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        )
+        return mask
+    if not allow_is_causal_skip:
+        raise UnsupportedModelError("this model's attention is not plainly causal, a compressed cache cannot serve it")
+    kv_length.padding.note(attention_mask, int(q_offset), q_length)
+    return None
+
+
+AttentionInterface.register(NAME, compressed_attention)
+AttentionMaskInterface.register(NAME, compressed_mask)
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let `model` read compressed caches inside this context; its own attention comes back on exit and on exception.
+
+    Re-entrant, and any number of models can be attached at once. Raises `UnsupportedModelError` for a model whose
+    attention cannot be replaced.
+    """
+    before = model.config._attn_implementation
+    if before != NAME:
+        use_attention(model, NAME)
+    try:
+        yield model
+    finally:
+        if model.config._attn_implementation != before:
+            use_attention(model, before)
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot use the attention {name!r}: {error}") from error
+    if model.config._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"the attention of {type(model).__name__} cannot be replaced: it does not go through transformers'"
+            " attention interface"
+        )

@@ -1,0 +1,123 @@
+"""A layer that keeps what a plan says, head by head.
+
+KV heads with equal retention share one dense block, so a decode step costs one attention call a block; a pruned head
+has no block, holds nothing and contributes exactly zero. In an exact prefill the prompt attends in full before the
+heads forget; after it, and in a streaming prefill from the start, every query sees its head's keys alone.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache.group import Group
+from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.reading import Reading, attend_all, read
+from kvcompress.retention import FULL, Retention
+
+# Which KV heads of a layer: a slice where they are neighbours, so that taking them copies nothing.
+Index = slice | Tensor
+
+
+def clipped(kept: Retention, limit: int | None) -> Retention:
+    """What is worth holding where the model itself sees no further back than `limit` keys: nothing it cannot see.
+
+    Sinks are given up only where the window reaches the limit; before that the reading hides them once they are out of
+    the model's sight.
+    """
+    if limit is None or kept.pruned:
+        return kept
+    if kept.unbounded or kept.window >= limit:
+        return Retention(0, limit)
+    return kept
+
+
+class RaggedLayer(CompressedLayer):
+    """`kept[kv_head]` says what each KV head keeps; `limit` is the model's own sliding window, None without one."""
+
+    def __init__(self, kept: Sequence[Retention], shared: Shared, limit: int | None = None) -> None:
+        super().__init__(len(kept), shared, limit)
+        self.kept = [clipped(head, limit) for head in kept]
+        alike: dict[Retention, list[int]] = {}
+        for head, keeps in enumerate(self.kept):
+            if not keeps.pruned:
+                alike.setdefault(keeps, []).append(head)
+        self._blocks = [Group(keeps, heads, shared.meter) for keeps, heads in alike.items()]
+        self._indices: list[Index] = [_index(group.heads) for group in self._blocks]
+        self._whole = len(self._blocks) == 1 and len(self._blocks[0].heads) == self.heads
+        # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
+        self._prompt = Group(FULL, range(self.heads), shared.meter) if shared.prompt_length else None
+        self._in_prompt = shared.prefill == "exact"
+
+    @property
+    def groups(self) -> list[Group]:
+        return [*self._blocks, *([self._prompt] if self._prompt else [])]
+
+    def positions(self, row: int = 0) -> list[list[int]]:
+        """Real positions that every KV head holds in one row of the batch, ascending."""
+        positions: list[list[int]] = [[] for _ in range(self.heads)]
+        for group in self.groups:
+            at = group.positions(self.shared.padding, torch.device("cpu"))
+            of_row = at[row if at.shape[0] > 1 else 0]
+            for head in group.heads if group.filled else ():
+                positions[head] = sorted(of_row[of_row >= 0].tolist())
+        return positions
+
+    def keeps_like(self, other: CompressedLayer) -> bool:
+        return isinstance(other, RaggedLayer) and self.kept == other.kept
+
+    def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
+        self._like = (keys.shape[0], keys.dtype, keys.device)
+        self.is_initialized = True
+        for group in self._blocks:
+            group.seen = first
+        self._store(keys, values)
+        self.seen, self._in_prompt = first + keys.shape[2], False
+
+    def reset(self) -> None:
+        super().reset()
+        self._in_prompt = self.shared.prefill == "exact"
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        if self._in_prompt:
+            out = self._attend_prompt(query, keys, values, reading)
+        elif self._whole:
+            out = read(self._blocks[0], query, keys, values, reading)
+        else:
+            out = values.new_zeros(*query.shape[:-1], values.shape[-1])
+            for i, group in enumerate(self._blocks):
+                index = self._index_on(i, keys.device)
+                out[:, index] = read(group, query[:, index], keys[:, index], values[:, index], reading)
+        self.seen += keys.shape[2]
+        return out
+
+    def _attend_prompt(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        held, length = self.seen, self.shared.prompt_length or 0
+        if self._prompt is not None and (held or keys.shape[2] < length):
+            self._prompt.append(keys, values, self.shared.padding)
+            keys, values = self._prompt.read()
+        out = attend_all(query, keys, values, held, reading)
+        if keys.shape[2] >= length:
+            self._store(keys, values)
+            self._in_prompt = False
+            if self._prompt is not None:
+                self._prompt.reset()
+        return out
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        for i, group in enumerate(self._blocks):
+            index = self._index_on(i, keys.device)
+            group.append(keys[:, index], values[:, index], self.shared.padding)
+
+    def _index_on(self, group: int, device: torch.device) -> Index:
+        index = self._indices[group]
+        if isinstance(index, Tensor) and index.device != device:
+            index = self._indices[group] = index.to(device)
+        return index
+
+
+def _index(heads: list[int]) -> Index:
+    if all(after == before + 1 for before, after in pairwise(heads)):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads)

@@ -1,0 +1,112 @@
+"""The compressed cache: what a model takes as `past_key_values`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.errors import CacheUseError
+
+
+class RaggedCache(Cache):
+    """A transformers `Cache` whose layers keep, head by head, only what they were told to keep.
+
+    Reports tokens *seen* as its sequence length. Readable only by a model inside `attached`; any other model gets a
+    `CacheUseError`. For inference: gradients do not flow through what is held.
+    """
+
+    def __init__(self, layers: Sequence[CompressedLayer], shared: Shared) -> None:
+        super().__init__(layers=list(layers))
+        self.shared = shared
+
+    @property
+    def compressed_layers(self) -> list[CompressedLayer]:
+        layers: list[CompressedLayer] = self.layers
+        return layers
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen (columns, where the batch is padded)."""
+        return self.compressed_layers[0].seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V held now: the size of the real storage, slack included."""
+        return sum(layer.nbytes for layer in self.compressed_layers)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes of K and V ever held since the last `reset`, copies during growth included."""
+        return self.shared.meter.peak
+
+    def held(self) -> list[list[int]]:
+        """Tokens held, `[layer][kv_head]` (columns, where the batch is padded)."""
+        return [layer.held() for layer in self.compressed_layers]
+
+    def __repr__(self) -> str:
+        held, heads = self.held(), self.compressed_layers[0].heads
+        share = f"{sum(map(sum, held)) / (len(held) * heads * self.seen):.1%}" if self.seen else "nothing"
+        low, high = min(map(min, held)), max(map(max, held))
+        spread = f"{low}" if low == high else f"{low} to {high}"
+        return (
+            f"RaggedCache({len(held)} layers × {heads} KV heads, {self.shared.prefill} prefill:"
+            f" {self.seen} tokens seen, {spread} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"
+            f" peak {self.peak_nbytes / 1e6:,.1f} MB)"
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx >= len(self.layers):
+            raise CacheUseError(f"this cache was made for {len(self.layers)} layers, the model has a layer {layer_idx}")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first token."""
+        like = self.compressed_layers[0]._like
+        return -1 if like is None else like[0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens; a positive number is the length to crop to.
+
+        Exact or refused: a bounded head can take back only what it has not overwritten, or what was overwritten since
+        `activate_past_recording` (assisted decoding calls it) and the last crop. Raises `CacheUseError` otherwise, and
+        leaves the cache as it was.
+        """
+        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if tokens > self.seen:
+            raise CacheUseError(f"cannot take back {tokens} tokens, only {self.seen} were seen")
+        for index, layer in enumerate(self.compressed_layers):
+            if not layer.can_crop(tokens):
+                raise CacheUseError(
+                    f"crop: layer {index} has forgotten keys that it would need {tokens} tokens ago; call"
+                    " activate_past_recording before the forward pass that may be taken back"
+                )
+        for layer in self.compressed_layers:
+            layer.crop(-tokens)
+
+    def reset(self) -> None:
+        """Forget everything, free the storage, and start as new."""
+        super().reset()
+        self.shared.padding.set(None)
+        self.shared.meter.peak = self.shared.meter.held
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every row of the batch the past of the row at `beam_idx`, `[batch]` (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times, copies side by side."""
+        if self.batch_size > 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of the batch at `indices`, `[new batch]`, in that order (or bool `[batch]`)."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        for layer in self.compressed_layers:
+            layer.select_rows(rows)
+        columns = self.shared.padding.columns
+        if columns is not None:
+            self.shared.padding.set(columns.index_select(0, rows.to(columns.device)))

@@ -1,0 +1,55 @@
+"""Turning rotated queries by further positions, for a cache that counts positions inside itself.
+
+Rotary embedding is a group of rotations: a vector rotated for position p becomes the one rotated for position c by
+turning it by c - p. The turn is made from the exact integer difference in float32, so the cache's renumbering adds no
+error that grows with the text. Only the plain rotary embedding is known here (half-split, unscaled, on the first
+`dim` of each head's dimensions, as Llama and GPT-NeoX lay it out).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import UnsupportedModelError
+
+# Model types whose keys reach the cache rotated in the half-split layout; others interleave or do not rotate.
+HALF_SPLIT = frozenset(
+    ("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm")
+)
+
+
+class Rotation:
+    """Rotations on the first `dim` dimensions of a head with base `theta` (RoFormer, arXiv 2104.09864)."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self.dim, self.theta = dim, theta
+
+    @classmethod
+    def of(cls, config: Any) -> "Rotation":
+        """The rotation of a model. Raises `UnsupportedModelError` where positions inside the cache cannot be had."""
+        config = config.get_text_config(decoder=True)
+        if config.model_type not in HALF_SPLIT:
+            raise UnsupportedModelError(
+                f'positions="cache" knows the rotary embedding of {", ".join(sorted(HALF_SPLIT))}, not of'
+                f" {config.model_type!r}"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        kind = rope.get("rope_type", "default")
+        if kind != "default" or "rope_theta" not in rope:
+            raise UnsupportedModelError(f'positions="cache" needs the plain rotary embedding, this model has {kind!r}')
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = int(head * rope.get("partial_rotary_factor", 1.0))
+        if dim % 2:
+            raise UnsupportedModelError(f'positions="cache" needs an even number of rotary dimensions, not {dim}')
+        return cls(dim, float(rope["rope_theta"]))
+
+    def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
+        """Turn `[..., query, head_dim]` by positions `by`, integers that broadcast against `[..., query]`."""
+        half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=vectors.device)
+        angles = by[..., None].float() / self.theta ** (half / self.dim)
+        cos, sin = angles.cos(), angles.sin()
+        rotated, rest = vectors[..., : self.dim].float(), vectors[..., self.dim :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return torch.cat((turned.to(vectors.dtype), rest), dim=-1)

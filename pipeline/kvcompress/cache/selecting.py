@@ -1,0 +1,70 @@
+"""A layer that keeps keys for what they are: after every forward pass a rule chooses, head by head, which stay.
+
+All heads of a row keep equally many, so the layer is one dense block; kept keys stay in time order. The queries of a
+pass see everything held and, causally, each other; the rule acts after the pass.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kvcompress.cache.group import Group
+from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.reading import Reading, read
+from kvcompress.cache.storage import STEP
+from kvcompress.errors import CacheUseError, UnsupportedModelError
+from kvcompress.retention import FULL
+
+# Keys held `[batch, kv_head, slot, head_dim]` -> the slots that stay, ascending `[batch, kv_head, kept]`; None for all.
+Chooser = Callable[[Tensor], Tensor | None]
+
+
+class SelectingLayer(CompressedLayer):
+    """`heads` KV heads whose keys are chosen by `choose`; no left padding and no sliding window of the model's own."""
+
+    def __init__(self, heads: int, shared: Shared, choose: Chooser, limit: int | None = None) -> None:
+        if limit is not None:
+            raise UnsupportedModelError(
+                f"keys chosen by content have no order to which this model's sliding window of {limit} could apply"
+            )
+        super().__init__(heads, shared)
+        self.choose = choose
+        self._block = Group(FULL, range(heads), shared.meter)
+
+    @property
+    def groups(self) -> list[Group]:
+        return [self._block]
+
+    def keeps_like(self, other: CompressedLayer) -> bool:
+        return isinstance(other, SelectingLayer) and self.choose == other.choose
+
+    def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
+        self._require_unpadded()
+        self._like = (keys.shape[0], keys.dtype, keys.device)
+        self.is_initialized = True
+        self._block.append(keys, values, self.shared.padding)
+        self.seen = keys.shape[2]
+        self.select()
+
+    def select(self) -> None:
+        """Let the rule act on what is held."""
+        keys, values = self._block.read()
+        slots = self.choose(keys)
+        if slots is None:
+            return
+        keys, values = (held.gather(2, slots[..., None].expand(-1, -1, -1, held.shape[-1])) for held in (keys, values))
+        self._block.replace(keys, values, spare=STEP)
+
+    def can_crop(self, tokens: int) -> bool:
+        return tokens == 0 or self.seen == self._block.seen  # once a key has been chosen away it cannot come back
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        self._require_unpadded()
+        out = read(self._block, query, keys, values, reading)
+        self.seen += keys.shape[2]
+        self.select()
+        return out
+
+    def _require_unpadded(self) -> None:
+        if self.shared.padding.longest:
+            raise CacheUseError("keys chosen by content need rows of equal length, this batch is padded")

@@ -1,0 +1,13 @@
+from .compressor import Compressor as Compressor
+from .compressor import PlanCompressor as PlanCompressor
+from .fix_size_l2 import FixSizeL2Compressor as FixSizeL2Compressor
+from .fix_size_l2 import fix_size_l2 as fix_size_l2
+from .head_aware_compress import HeadAwareCompressor as HeadAwareCompressor
+from .head_aware_compress import HeadCompressionConfig as HeadCompressionConfig
+from .head_aware_compress import head_aware_compress as head_aware_compress
+from .l2_compress import L2Compressor as L2Compressor
+from .l2_compress import l2_compress as l2_compress
+from .recent_only import RecentOnlyCompressor as RecentOnlyCompressor
+from .recent_only import recent_only as recent_only
+from .streaming_llm import StreamingLLMCompressor as StreamingLLMCompressor
+from .streaming_llm import streaming_llm as streaming_llm

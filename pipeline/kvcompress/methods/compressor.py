@@ -1,0 +1,146 @@
+"""What every compression method can do: make a cache, compress one, and let a model read it.
+
+```python
+with compressor.attached(model):
+    cache = compressor.new_cache(model.config)
+    model.generate(**inputs, past_key_values=cache)
+```
+or, a pass at a time, `past = compressor.compress(model(ids, past_key_values=past, use_cache=True).past_key_values)`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvcompress.cache import attention
+from kvcompress.cache.convert import convert
+from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
+from kvcompress.cache.ragged import RaggedLayer
+from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.rotation import Rotation
+from kvcompress.cache.shape import ModelShape
+from kvcompress.errors import CacheUseError, InputError
+from kvcompress.retention import FULL, Retention
+
+Positions = Literal["original", "cache"]
+
+
+class Compressor(ABC):
+    """A compression method. `skip_layers` stay full (and are counted in the cache's bytes).
+
+    `positions`: "original" keeps every key at its place in the text, "cache" counts places inside the cache. Raises
+    `InputError` for another word.
+    """
+
+    def __init__(self, skip_layers: Iterable[int] = (), positions: Positions = "original") -> None:
+        if positions not in ("original", "cache"):
+            raise InputError(f"positions is {positions!r}, expected 'original' or 'cache'")
+        self.skip_layers = frozenset(skip_layers)
+        self.positions: Positions = positions
+
+    @abstractmethod
+    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
+        """Empty layers for a model. Raises `InputError` where the method was made for another architecture."""
+
+    def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:
+        """An empty cache for the model with this config.
+
+        `prefill="exact"`: the prompt attends in full, then every head forgets; the prompt is the first forward pass,
+        or the first `prompt_length` tokens (padded columns) where it is fed in chunks. `"streaming"`: every query sees
+        its head's keys alone, and memory is bounded at any length.
+        """
+        shared = Shared(prefill, prompt_length, self._rotation(config))
+        return self._cache(ModelShape.of_config(config), shared)
+
+    def compress(self, past_key_values: Cache, attention_mask: Tensor | None = None, config: Any = None) -> RaggedCache:
+        """A `DynamicCache` -> the compressed cache with what this method keeps of it; idempotent.
+
+        A cache that this method made already forgets by itself at every pass and comes back as it is. A left-padded
+        batch needs its `attention_mask` over the tokens seen, `positions="cache"` the model's `config`. Raises
+        `CacheUseError` for any other kind of cache, `InputError` for one of another architecture.
+        """
+        if isinstance(past_key_values, RaggedCache):
+            self._require_own(past_key_values)
+            return past_key_values
+        if config is None and self.positions == "cache":
+            raise InputError('positions="cache" has to know the rotary embedding: pass config=model.config to compress')
+        shape = ModelShape.of_cache(past_key_values)
+        shared = Shared("exact", None, self._rotation(config))
+        cache = self._cache(shape, shared)
+        return convert(past_key_values, cache, attention_mask)
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Let `model` read compressed caches here; see `kvcompress.cache.attached`.
+
+        Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
+        """
+        self._cache(ModelShape.of_config(model.config), Shared(rotation=self._rotation(model.config)))
+        with attention.attached(model):
+            yield model
+
+    def _cache(self, shape: ModelShape, shared: Shared) -> RaggedCache:
+        for layer in self.skip_layers:
+            if not 0 <= layer < shape.layers:
+                raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {shape.layers - 1}")
+        return RaggedCache(self.layers(shape, shared), shared)
+
+    def _rotation(self, config: Any) -> Rotation | None:
+        return Rotation.of(config) if self.positions == "cache" else None
+
+    def _require_own(self, cache: RaggedCache) -> None:
+        """Raise unless `cache` keeps what this method would keep."""
+        layers = cache.compressed_layers
+        shape = ModelShape(len(layers), layers[0].heads, None, tuple(layer.limit for layer in layers))
+        wanted = self._cache(shape, Shared()).compressed_layers
+        renumbered = cache.shared.rotation is not None
+        same = all(layer.keeps_like(other) for layer, other in zip(layers, wanted, strict=True))
+        if not same or renumbered != (self.positions == "cache"):
+            raise CacheUseError("this cache was already compressed by another method, which cannot be undone")
+
+
+class PlanCompressor(Compressor):
+    """A method that says beforehand what each KV head keeps."""
+
+    @abstractmethod
+    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
+        """`[layer][kv_head]`, before `skip_layers`."""
+
+    def retention(self, shape: ModelShape) -> list[list[Retention]]:
+        """What each KV head of a model keeps, `[layer][kv_head]`, skipped layers full."""
+        kept = self.kept(shape)
+        return [[FULL] * shape.kv_heads if i in self.skip_layers else list(layer) for i, layer in enumerate(kept)]
+
+    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
+        rows = zip(self.retention(shape), shape.limits, strict=True)
+        return [RaggedLayer(kept, shared, limit) for kept, limit in rows]
+
+
+class UniformCompressor(PlanCompressor):
+    """Every KV head keeps the same."""
+
+    def __init__(self, uniform: Retention, skip_layers: Iterable[int] = (), positions: Positions = "original") -> None:
+        super().__init__(skip_layers, positions)
+        self.uniform = uniform
+
+    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
+        return [[self.uniform] * shape.kv_heads] * shape.layers
+
+
+def require_count(name: str, value: int, least: int) -> int:
+    """`value` if it is an int of at least `least`. Raises `InputError` otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def require_share(name: str, value: float) -> float:
+    """`value` if it is in [0, 1]. Raises `InputError` otherwise."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return value

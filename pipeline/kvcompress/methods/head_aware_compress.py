@@ -1,0 +1,130 @@
+"""Head-aware compression: every KV head keeps what its own query heads need.
+
+The wishes come from a classification (one a query head), from a retention plan (one a KV head) or are the same for all.
+Under grouped-query attention a KV head serves several query heads and their wishes are joined, by default to the least
+that contains them all.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.shape import ModelShape
+from kvcompress.errors import InputError
+from kvcompress.heads import load_classifications
+from kvcompress.methods.compressor import PlanCompressor
+from kvcompress.plan import RetentionPlan
+from kvcompress.retention import JOINS, UNBOUNDED, HeadCompressionConfig, Retention, join_query_heads
+
+__all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
+
+
+class HeadAwareCompressor(PlanCompressor):
+    """`wishes[layer][head]`: query heads where `query_heads`, else KV heads, which are used as they are.
+
+    `join` names the rule for the query heads of one KV head ("union" or "intersection"). `skip_layers` stay full.
+    Raises `InputError` for layers of unequal width or an unknown rule.
+    """
+
+    def __init__(
+        self,
+        wishes: Sequence[Sequence[Retention]],
+        query_heads: bool = True,
+        join: str = "union",
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        super().__init__(skip_layers)
+        if not wishes or len({len(layer) for layer in wishes}) != 1:
+            raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
+        if join not in JOINS:
+            raise InputError(f"unknown rule {join!r} for joining query heads, expected one of {', '.join(JOINS)}")
+        self.wishes = tuple(tuple(layer) for layer in wishes)
+        self.query_heads, self.join = query_heads, join
+
+    @classmethod
+    def from_classifications(
+        cls, path: str | Path, join: str = "union", skip_layers: Iterable[int] = ()
+    ) -> "HeadAwareCompressor":
+        """From a classification file, as this project or the published study wrote it. Raises `InputError`."""
+        rows = load_classifications(path).layers
+        return cls([[head.retention for head in layer] for layer in rows], join=join, skip_layers=skip_layers)
+
+    @classmethod
+    def from_plan(cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = ()) -> "HeadAwareCompressor":
+        """From a retention plan or its file. Raises `InputError`."""
+        plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
+        return cls(plan.layers, query_heads=False, skip_layers=skip_layers)
+
+    @classmethod
+    def from_model_config(
+        cls,
+        config: Any,
+        default_strategy: str = "sink_window",
+        sink_size: int = 4,
+        window_size: int = 8,
+        skip_layers: Iterable[int] = (),
+    ) -> "HeadAwareCompressor":
+        """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
+        shape = ModelShape.of_config(config)
+        kept = HeadCompressionConfig(0, 0, default_strategy, True, sink_size, window_size).retention
+        return cls([[kept] * shape.kv_heads] * shape.layers, query_heads=False, skip_layers=skip_layers)
+
+    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
+        if len(self.wishes) != shape.layers:
+            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.layers}")
+        width = len(self.wishes[0])
+        if not self.query_heads:
+            if width != shape.kv_heads:
+                raise InputError(f"this compressor is made for {width} KV heads a layer, not {shape.kv_heads}")
+            return self.wishes
+        if shape.query_heads not in (None, width):
+            raise InputError(f"this compressor is made for {width} query heads a layer, not {shape.query_heads}")
+        return [join_query_heads(layer, shape.kv_heads, self.join) for layer in self.wishes]
+
+    def get_compression_summary(self) -> dict[str, Any]:
+        """Counts over all heads (of `heads_are`), skipped layers counted as full.
+
+        `mean_bounded_slots` is the mean of sinks + window over the heads with a bound, None without such a head.
+        """
+        full = Retention(0, UNBOUNDED)
+        heads = [full if i in self.skip_layers else kept for i, layer in enumerate(self.wishes) for kept in layer]
+        strategies = Counter(HeadCompressionConfig.of(0, 0, kept).strategy for kept in heads)
+        slots = [kept.capacity for kept in heads if kept.capacity]
+        return {
+            "num_layers": len(self.wishes),
+            "heads_per_layer": len(self.wishes[0]),
+            "heads_are": "query heads" if self.query_heads else "KV heads",
+            "total_heads": len(heads),
+            "strategies": dict(sorted(strategies.items())),
+            "compressible_heads": sum(not kept.unbounded for kept in heads),
+            "heads_with_sinks": sum(kept.sinks > 0 for kept in heads),
+            "mean_bounded_slots": sum(slots) / len(slots) if slots else None,
+            "skip_layers": sorted(self.skip_layers),
+        }
+
+
+def head_aware_compress(
+    past_key_values: Cache,
+    classifications_path: str | Path | None = None,
+    compressor: HeadAwareCompressor | None = None,
+    num_layers: int = 32,
+    num_heads: int = 32,
+    default_sink_size: int = 4,
+    default_window_size: int = 8,
+    skip_layers: Sequence[int] = (),
+) -> RaggedCache:
+    """Compress a cache by a compressor, else by a classification file, else uniformly.
+
+    `num_layers` and `num_heads` (query heads a layer) are needed only in the last case; `compressor` makes all others
+    idle. The result is read by a model inside `attached`. Raises `InputError` and `CacheUseError` as `compress` does.
+    """
+    if compressor is None and classifications_path is not None:
+        compressor = HeadAwareCompressor.from_classifications(classifications_path, skip_layers=skip_layers)
+    if compressor is None:
+        uniform = HeadCompressionConfig(0, 0, "sink_window", True, default_sink_size, default_window_size).retention
+        compressor = HeadAwareCompressor([[uniform] * num_heads] * num_layers, skip_layers=skip_layers)
+    return compressor.compress(past_key_values)

@@ -1,0 +1,37 @@
+"""Methods that choose keys by their content: the common part of the two L2 baselines."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
+from kvcompress.cache.ragged import RaggedLayer
+from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.selecting import Chooser, SelectingLayer
+from kvcompress.cache.shape import ModelShape
+from kvcompress.errors import InputError
+from kvcompress.methods.compressor import Compressor
+from kvcompress.retention import FULL
+
+
+class SelectingCompressor(Compressor):
+    """Keeps what `choose` picks after every forward pass, in all layers but `skip_layers`."""
+
+    def __init__(self, choose: Chooser, skip_layers: Iterable[int]) -> None:
+        super().__init__(skip_layers)
+        self.choose = choose
+
+    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
+        return [
+            RaggedLayer([FULL] * shape.kv_heads, shared, limit)
+            if index in self.skip_layers
+            else SelectingLayer(shape.kv_heads, shared, self.choose, limit)
+            for index, limit in enumerate(shape.limits)
+        ]
+
+    def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:
+        if prefill != "exact" or prompt_length is not None:
+            raise InputError(
+                "a method that ranks keys after every forward pass has no streaming prefill and no prompt_length:"
+                f" expected prefill='exact' alone, got {prefill!r} and {prompt_length}"
+            )
+        return super().new_cache(config, prefill)

@@ -1,0 +1,34 @@
+"""StreamingLLM: the first few and the most recent keys, the same for every head (Xiao et al. 2024, arXiv 2309.17453).
+
+The paper counts positions inside the cache, which lets a model run past its trained context: no distance ever exceeds
+the cache's size (`positions="cache"`). The default keeps positions of the text, as every other method here does.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.methods.compressor import Positions, UniformCompressor, require_count
+from kvcompress.retention import Retention
+
+
+class StreamingLLMCompressor(UniformCompressor):
+    """First `start_size` and last `recent_size` keys. Raises `InputError` for a negative start or an empty window."""
+
+    def __init__(
+        self,
+        start_size: int = 4,
+        recent_size: int = 508,
+        positions: Positions = "original",
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        kept = Retention(require_count("start_size", start_size, 0), require_count("recent_size", recent_size, 1))
+        super().__init__(kept, skip_layers, positions)
+
+
+def streaming_llm(past_key_values: Cache, start_size: int = 4, recent_size: int = 508, **options: Any) -> RaggedCache:
+    """Compress a cache in one call; `options` are those of `StreamingLLMCompressor` and `config`."""
+    config = options.pop("config", None)
+    return StreamingLLMCompressor(start_size, recent_size, **options).compress(past_key_values, config=config)

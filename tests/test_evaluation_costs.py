@@ -1,0 +1,78 @@
+"""The cost programs: their plans keep the share they say, they run, and they say so when something is wrong."""
+
+import json
+
+import pytest
+from cache_tools import model_of
+from kvcompress.errors import InputError
+from kvcompress.evaluation import decode_cost, memory_cost
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model_of("llama").config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_plans_keep_their_share():
+    config = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
+    for share, full_heads in ((0.25, 0.0), (0.25, 0.13), (0.5, 0.4), (0.125, 0.0)):
+        plan = decode_cost.plan_of(config, 8000, share, full_heads)
+        assert abs(plan.share(8000) - share) < 0.001
+        full = sum(kept.unbounded for layer in plan.layers for kept in layer)
+        assert full == int(90 * full_heads)
+    assert decode_cost.plan_of(config, 8000, 1.0, 0.0).share(8000) == 1
+    with pytest.raises(InputError, match=r"leave .* slots a head"):
+        decode_cost.plan_of(config, 8000, 0.25, 0.3)
+
+
+def test_decode_cost_compares_every_plan(folder, tmp_path):
+    output = tmp_path / "cost.json"
+    options = ["--random-weights", "--context", "40", "--batch", "1", "--batch", "2", "--rounds", "1"]
+    done = run(decode_cost.app, [str(folder), *options, "--share", "1", "--share", "0.5", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    costs = json.loads(output.read_text())["costs"]
+    names = ["DynamicCache", "100% uniform", "50% uniform", "50%, 13% of heads full"]
+    assert [(cost["contender"], cost["batch"]) for cost in costs] == [(name, b) for b in (1, 2) for name in names]
+    assert all(cost["step_ms"] > 0 and cost["attention_ms"] > 0 for cost in costs)
+    assert all(cost["step_ratio"] == cost["attention_ratio"] == 1 for cost in costs[::4])
+
+
+def test_decode_cost_ends_with_one_sentence(tmp_path, folder):
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "nowhere"),
+        ([str(folder), "--random-weights", "--dtype", "int4"], "dtype is 'int4'"),
+        ([str(folder), "--random-weights", "--share", "0.01", "--context", "64"], "slots a head"),
+    ):
+        done = run(decode_cost.app, arguments)
+        assert done.exit_code == 1
+        assert message in done.stderr
+
+
+def test_resident_memory_falls_by_what_the_caches_say(tmp_path):
+    """Fresh processes; little model and much cache, 262 MB of it, so that the difference stands out."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    done = run(memory_cost.app, ["resident", str(tmp_path), "--context", "2000", "--random-weights"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["predicted"] > 190e6
+    assert abs(result["saved"] - result["predicted"]) < 0.1 * result["predicted"]
+
+
+@pytest.mark.parametrize("positions", ["original", "cache"])
+def test_a_short_soak_holds_memory_flat_and_logits_finite(positions):
+    done = run(memory_cost.app, ["soak", "--tokens", "3000", "--positions", positions])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["finite"]
+    assert result["cache_flat"]
+    assert result["seen"] == 3000
+    assert run(memory_cost.app, ["soak", "--positions", "elsewhere"]).exit_code == 1
