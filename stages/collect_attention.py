@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import read_model, read_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
 from kvcompress.models import ModelRecord, load_model, resolve_model
 from kvcompress.params import CollectParams, load_section
-
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from kvcompress.errors import KVCompressError
 from kvcompress.params import ModelParams, load_section, override
 

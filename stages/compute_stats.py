@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
 from kvcompress.params import StatisticsParams, load_section
-
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

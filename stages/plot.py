@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from kvcompress.analysis.plot_data import save_plot_data
 from kvcompress.analysis.report import analysis_summary
 from kvcompress.analysis.statistics import load_statistics, require_same_model
@@ -11,7 +12,6 @@ from kvcompress.analysis.visualize import save_figures
 from kvcompress.artifacts import write_text
 from kvcompress.heads import load_classifications
 from kvcompress.params import PlotParams, ThresholdParams, load_section
-
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

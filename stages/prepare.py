@@ -6,7 +6,6 @@ from kvcompress.artifacts import write_json
 from kvcompress.corpora import prepare_corpus
 from kvcompress.models import resolve_model
 from kvcompress.params import CorpusParams, load_section
-
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()

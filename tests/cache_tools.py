@@ -3,11 +3,6 @@
 from functools import cache as memoised
 
 import torch
-from kvcompress.cache.ragged import clipped
-from kvcompress.cache.shape import ModelShape
-from kvcompress.methods import HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, Retention
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +16,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from kvcompress.cache.ragged import clipped
+from kvcompress.cache.shape import ModelShape
+from kvcompress.methods import HeadAwareCompressor
+from kvcompress.plan import RetentionPlan
+from kvcompress.retention import FULL, PRUNED, Retention
 
 torch.set_num_threads(1)  # a second thread only waits in models this small
 

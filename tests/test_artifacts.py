@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kvcompress.artifacts import atomic_path, read_json, read_tensors, write_json, write_text
 from kvcompress.errors import InputError
 

@@ -4,12 +4,24 @@ import gc
 
 import pytest
 import torch
-from cache_tools import FAMILIES, LAYERS, PLANS, clipped_plan, compressor_for, feed, model_of, padded, plan_for, tokens
+
 from kvcompress.cache import allocated_slots
 from kvcompress.cache.storage import STEP
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
+from tests.cache_tools import (
+    FAMILIES,
+    LAYERS,
+    PLANS,
+    clipped_plan,
+    compressor_for,
+    feed,
+    model_of,
+    padded,
+    plan_for,
+    tokens,
+)
 
 
 def head_size(model):

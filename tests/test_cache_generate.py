@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cache_tools import FAMILIES, compressor_for, inputs_for, model_of, padded, plan_for, tokens
-from kvcompress.cache import judged
 from transformers import DynamicCache
+
+from kvcompress.cache import judged
+from tests.cache_tools import FAMILIES, compressor_for, inputs_for, model_of, padded, plan_for, tokens
 
 NEW = 14
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}

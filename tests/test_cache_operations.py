@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
+
 from kvcompress.errors import CacheUseError
+from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
 
 
 @pytest.fixture

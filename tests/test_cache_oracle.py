@@ -2,9 +2,21 @@
 
 import pytest
 import torch
-from cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, plan_for, real, tokens
-from kvcompress.cache import judged
 from transformers import DynamicCache
+
+from kvcompress.cache import judged
+from tests.cache_tools import (
+    FAMILIES,
+    PLANS,
+    compressor_for,
+    feed,
+    inputs_for,
+    model_of,
+    padded,
+    plan_for,
+    real,
+    tokens,
+)
 
 LENGTH = 33
 FEEDS = {"one_shot": [LENGTH], "chunks": [11, 9, 1, 8], "token_by_token": [1]}

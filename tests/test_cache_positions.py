@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.retention import FULL, PRUNED, Retention

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cache_tools import compressor_for, model_of, plan_for, tokens
+
 from kvcompress.cache import judged, spread
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
 from kvcompress.cache.spread import attend_spread, parts_for
+from tests.cache_tools import compressor_for, model_of, plan_for, tokens
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])

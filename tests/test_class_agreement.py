@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from kvcompress.errors import InputError
 from kvcompress.evaluation.class_agreement import compare_classes
 from kvcompress.heads import HeadClassification, HeadType, save_classifications

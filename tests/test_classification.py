@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from kvcompress.analysis.classification import classify_first_pass, classify_heads, classify_refined
 from kvcompress.analysis.report import class_metrics, validation_report
 from kvcompress.analysis.statistics import HeadStatistics, load_statistics

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_block, empty_layer
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.collect import collect_attention
@@ -11,7 +12,6 @@ from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.heads import HeadType
 from kvcompress.params import StatisticsParams
-
 from tests.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 

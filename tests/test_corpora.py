@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+
 from kvcompress.corpora import documents, leading_tokens, load_texts, prepare_corpus, require_disjoint, stdlib_topics
 from kvcompress.errors import InputError
 from kvcompress.params import CorpusParams
-from tokenizers.processors import TemplateProcessing
-
 from tests.tiny import prose, tiny_tokenizer
 
 

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from cache_tools import model_of
-from kvcompress.errors import InputError
-from kvcompress.evaluation import decode_cost, memory_cost
 from transformers import LlamaConfig
 from typer.testing import CliRunner
+
+from kvcompress.errors import InputError
+from kvcompress.evaluation import decode_cost, memory_cost
+from tests.cache_tools import model_of
 
 run = CliRunner().invoke
 

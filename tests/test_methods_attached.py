@@ -4,10 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kvcompress
 import pytest
-from cache_tools import compressor_for, feed, model_of, tokens
+
+import kvcompress
 from kvcompress.cache import attached, judged
+from tests.cache_tools import compressor_for, feed, model_of, tokens
 
 
 def attention_of(model):

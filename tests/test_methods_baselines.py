@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cache_tools import compressor_for, feed, model_of, padded, tokens
+from transformers import DynamicCache
+
 from kvcompress.cache import judged
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import (
@@ -18,7 +19,7 @@ from kvcompress.methods import (
     streaming_llm,
 )
 from kvcompress.retention import Retention
-from transformers import DynamicCache
+from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 
 
 @pytest.fixture

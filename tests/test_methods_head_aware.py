@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from cache_tools import model_of
+
 from kvcompress.cache.shape import ModelShape
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
+from tests.cache_tools import model_of
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/reference/pythia-2.8b/refined_classifications.json"
 

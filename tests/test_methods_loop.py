@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, tokens
+from transformers import DynamicCache
+
 from kvcompress.methods import HeadAwareCompressor, head_aware_compress
 from kvcompress.retention import Retention
-from transformers import DynamicCache
+from tests.cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, tokens
 
 NEW = 12
 

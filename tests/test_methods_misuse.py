@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
+from transformers import BertConfig, DynamicCache, EncoderDecoderCache, StaticCache, T5Config
+from transformers.cache_utils import Cache, QuantizedLayer
+
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor, head_aware_compress
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import Retention
-from transformers import BertConfig, DynamicCache, EncoderDecoderCache, StaticCache, T5Config
-from transformers.cache_utils import Cache, QuantizedLayer
+from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
 
 
 @pytest.fixture

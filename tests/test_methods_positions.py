@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from cache_tools import feed, model_of, padded, tokens
-from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.methods import StreamingLLMCompressor, streaming_llm
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
+
+from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.methods import StreamingLLMCompressor, streaming_llm
+from tests.cache_tools import feed, model_of, padded, tokens
 
 START, RECENT = 3, 9
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextConfig, T5Config
+
 from kvcompress import packages
 from kvcompress.analysis.observe import require_observable
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.models import load_model, model_shape, resolve_device, resolve_model
 from kvcompress.packages import fetch_packaged_file, read_member
 from kvcompress.params import HubModel, LocalModel, ModelParams, PackagedFile, PackagedModel
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextConfig, T5Config
-
 from tests.tiny import save_tiny, tiny_model
 
 DIGEST = "0" * 64

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from kvcompress.errors import InputError
 from kvcompress.params import (
     SECTIONS,

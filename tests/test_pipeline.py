@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kvcompress.params import SECTIONS
 
+from kvcompress.params import SECTIONS
 from tests.project import ROOT, copy_project, run
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

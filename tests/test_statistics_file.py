@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.statistics import (
@@ -18,7 +19,6 @@ from kvcompress.artifacts import write_tensors
 from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
 from kvcompress.params import StatisticsParams
-
 from tests.tiny import tiny_model
 
 

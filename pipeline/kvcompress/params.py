@@ -153,6 +153,25 @@ class WindowParams(Params):
         return self
 
 
+class AblationParams(Params):
+    """What methods are compared on: documents of `max_tokens`, caches of `sizes` slots a head, facts to find.
+
+    Retrieval asks for a fact at `retrieval_depths` places of contexts of `retrieval_lengths` tokens, `retrieval_per_depth`
+    times for each task.
+    """
+
+    max_tokens: Annotated[int, Field(ge=64)] = 1024
+    documents_per_text: Annotated[int, Field(ge=1)] = 2
+    chunk_size: Annotated[int, Field(ge=1)] = 256
+    sizes: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=1)] = [64, 128, 256, 512]
+    sink_counts: Annotated[list[Annotated[int, Field(ge=0, le=15)]], Field(min_length=1)] = [0, 1, 2, 4, 8]
+    random_seeds: Annotated[int, Field(ge=1)] = 2
+    retrieval_lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [512, 1024]
+    retrieval_depths: Annotated[int, Field(ge=1)] = 5
+    retrieval_per_depth: Annotated[int, Field(ge=1)] = 1
+    retrieval_prefill: Literal["exact", "streaming"] = "exact"
+
+
 class PlotParams(Params):
     dpi: Annotated[int, Field(ge=50, le=600)] = 150
 
@@ -164,6 +183,7 @@ SECTIONS: dict[str, type[Params]] = {
     "statistics": StatisticsParams,
     "thresholds": ThresholdParams,
     "windows": WindowParams,
+    "ablation": AblationParams,
     "plots": PlotParams,
 }
 

@@ -1,0 +1,184 @@
+"""An ablation: contenders on the same documents and cases, compared only at equal bytes, with intervals and in words."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from kvcompress.evaluation.contenders import FULL_CACHE, Contender
+from kvcompress.evaluation.intervals import CONFIDENCE, Interval, paired_difference, wilson
+from kvcompress.evaluation.retrieval import Case, retrieve
+from kvcompress.evaluation.scoring import Documents, Score, score_contenders
+from kvcompress.params import AblationParams
+
+EQUAL = 0.01  # bytes may differ by this share and still count as equal
+
+
+def run_ablation(
+    model: PreTrainedModel,
+    documents: Documents,
+    cases: Sequence[Case],
+    contenders: Mapping[str, Contender],
+    params: AblationParams,
+) -> list[dict[str, Any]]:
+    """One row a contender, in their order; see `row`."""
+    compressors = {name: contender.compressor for name, contender in contenders.items()}
+    scores = score_contenders(model, documents, compressors, params.chunk_size)
+    found = retrieve(model, cases, compressors, params.retrieval_prefill)
+    return [row(contender, scores, cases, found[name]) for name, contender in contenders.items()]
+
+
+def row(
+    contender: Contender, scores: Mapping[str, Score], cases: Sequence[Case], answered: Sequence[bool]
+) -> dict[str, Any]:
+    """What is known of one contender: bytes, quality by text and pooled, differences with intervals, retrieval."""
+    score, full = scores[contender.name], scores[FULL_CACHE]
+    first = min(contender.first_eviction, score.nll.shape[1] - 1)
+    result: dict[str, Any] = {
+        "name": contender.name,
+        "family": contender.family,
+        "ablation": contender.ablation,
+        "share": round(score.nbytes_end / full.nbytes_end, 6),
+        "nbytes_end": score.nbytes_end,
+        "nbytes_mean": round(score.nbytes_mean),
+        "nbytes_peak": score.nbytes_peak,
+        "tokens": score.nll.size,
+        "perplexity": round(score.perplexity(), 4),
+        "perplexity_gmean": round(score.geometric_mean(), 4),
+        "accuracy": round(score.mean("correct"), 6),
+        "kl": round(score.mean("kl"), 6),
+        "texts": {
+            text: {
+                "perplexity": round(score.perplexity(text), 4),
+                "accuracy": round(score.mean("correct", text), 6),
+                "kl": round(score.mean("kl", text), 6),
+            }
+            for text in dict.fromkeys(score.texts)
+        },
+        "after_eviction": {
+            "first_query": first,
+            "tokens": score.nll[:, first:].size,
+            "perplexity": round(score.perplexity(first=first), 4),
+            "full_cache": round(full.perplexity(first=first), 4),
+        },
+        "nll_over_full": rounded(paired_difference(score.nll, full.nll)),
+        "seconds": round(score.seconds, 2),
+        "read": "real cache, content-dependent" if contender.plan is None else "real cache, streaming prefill",
+    }
+    if contender.rival:
+        rival = scores[contender.rival]
+        result["rival"] = {
+            "name": contender.rival,
+            "bytes": round(score.nbytes_end / rival.nbytes_end, 6),
+            "perplexity": round(rival.perplexity(), 4),
+            "nll_over_rival": rounded(paired_difference(score.nll, rival.nll)),
+        }
+    result["retrieval"] = retrieval_rows(cases, answered)
+    return result
+
+
+def rounded(interval: Interval) -> dict[str, float]:
+    return {"mean": round(interval.mean, 5), "low": round(interval.low, 5), "high": round(interval.high, 5)}
+
+
+def retrieval_rows(cases: Sequence[Case], answered: Sequence[bool]) -> dict[str, Any]:
+    """Share of each task's cases answered, with Wilson interval, and by length and depth."""
+    result: dict[str, Any] = {}
+    for task in dict.fromkeys(case.task for case in cases):
+        mine = [(case, right) for case, right in zip(cases, answered, strict=True) if case.task == task]
+        interval = wilson(sum(right for _, right in mine), len(mine))
+        grid: dict[tuple[int, float], list[bool]] = {}
+        for case, right in mine:
+            grid.setdefault((case.length, case.depth), []).append(right)
+        cells = [
+            {"length": length, "depth": depth, "correct": sum(rights), "total": len(rights)}
+            for (length, depth), rights in grid.items()
+        ]
+        result[task] = {
+            "correct": sum(right for _, right in mine),
+            "total": len(mine),
+            "share": round(interval.mean, 4),
+            "low": round(interval.low, 4),
+            "high": round(interval.high, 4),
+            "grid": cells,
+        }
+    return result
+
+
+def metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The few numbers a contender that `dvc metrics` compares."""
+    return {
+        row["name"]: {
+            "share": row["share"],
+            "perplexity": row["perplexity"],
+            "accuracy": row["accuracy"],
+            "kl": row["kl"],
+            **{task: result["share"] for task, result in row["retrieval"].items()},
+        }
+        for row in rows
+    }
+
+
+def environment(model: PreTrainedModel) -> dict[str, str | int]:
+    """Where numbers were made."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def verdict(row: Mapping[str, Any]) -> str | None:
+    """One sentence: who wins at the same bytes, by how much, how surely; None without a rival."""
+    rival = row.get("rival")
+    if not rival:
+        return None
+    if abs(rival["bytes"] - 1) > EQUAL:
+        return f"{row['name']} and {rival['name']} are not comparable: bytes {rival['bytes']:.3f} to 1."
+    change = rival["nll_over_rival"]
+    ratio = row["perplexity"] / rival["perplexity"]
+    numbers = (
+        f"perplexity {row['perplexity']:.2f} against {rival['perplexity']:.2f} at {row['share']:.1%} of the full cache's "
+        f"bytes (ratio {ratio:.3f}; ΔNLL {change['mean']:+.4f}, {CONFIDENCE:.0%} interval {change['low']:+.4f} to "
+        f"{change['high']:+.4f})"
+    )
+    if change["low"] > 0:
+        return f"{row['name']} LOSES to {rival['name']}: {numbers}."
+    if change["high"] < 0:
+        return f"{row['name']} wins against {rival['name']}: {numbers}."
+    return f"{row['name']} and {rival['name']} cannot be told apart: {numbers}."
+
+
+def report(title: str, origin: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: what was run, the table, and the verdicts."""
+    tasks = list(rows[0]["retrieval"])
+    texts = list(rows[0]["texts"])
+    header = ["contender", "bytes", "mean MB", "peak MB", "perplexity", *texts, "accuracy", "KL", "ΔNLL to full (95 %)"]
+    header += [*tasks, "s"]
+    lines = [f"# {title}", "", origin, "", "| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for row in rows:
+        change = row["nll_over_full"]
+        cells = [
+            row["name"],
+            f"{row['share']:.1%}",
+            f"{row['nbytes_mean'] / 1e6:.2f}",
+            f"{row['nbytes_peak'] / 1e6:.2f}",
+        ]
+        cells += [f"{row['perplexity']:.2f}", *(f"{row['texts'][text]['perplexity']:.2f}" for text in texts)]
+        cells += [f"{row['accuracy']:.1%}", f"{row['kl']:.4f}"]
+        cells += [f"{change['mean']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})"]
+        for task in tasks:
+            found = row["retrieval"][task]
+            cells.append(f"{found['correct']}/{found['total']} ({found['low']:.2f} … {found['high']:.2f})")
+        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+    sentences = [sentence for row in rows if (sentence := verdict(row))]
+    if sentences:
+        lines += ["", "## At equal bytes", "", *(f"- {sentence}" for sentence in sentences)]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,135 @@
+"""Who competes in which ablation: a name, a compressor, and whom it has to beat at the same bytes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcompress.evaluation.plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
+from kvcompress.heads import HeadType
+from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
+from kvcompress.methods.compressor import Compressor
+from kvcompress.models import model_shape
+from kvcompress.params import AblationParams
+from kvcompress.plan import RetentionPlan
+from kvcompress.retention import FULL, Retention
+
+FULL_CACHE = "full cache"
+# Wider windows for the class table, as a milder reading of the same classes.
+WIDE = {HeadType.SINK_POSITIONAL: 128, HeadType.TRUE_POSITIONAL: 128, HeadType.SINK_MIXED: 256}
+# The published report's own, bolder recommendation for mixed heads.
+BOLD = {HeadType.MIXED: 32}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`family` groups the points of one line in a figure; `rival` names who has the same bytes, None for no one.
+
+    `first_eviction` is the query position from which a head may miss a key; `plan` is None where content decides.
+    """
+
+    name: str
+    family: str
+    ablation: str
+    compressor: Compressor
+    first_eviction: int
+    plan: RetentionPlan | None = None
+    rival: str | None = None
+
+
+def of_plan(name: str, family: str, ablation: str, plan: RetentionPlan, rival: str | None = None) -> Contender:
+    capacities = [kept.capacity for layer in plan.layers for kept in layer if kept.capacity is not None]
+    compressor = HeadAwareCompressor.from_plan(plan)
+    return Contender(name, family, ablation, compressor, min(capacities, default=0), plan, rival)
+
+
+class Field:
+    """The contenders for one model; documents have `params.max_tokens` tokens."""
+
+    def __init__(self, config: Any, params: AblationParams) -> None:
+        self.shape, self.params = model_shape(config), params
+
+    def uniform(self, sinks: int, window: int) -> RetentionPlan:
+        shape = self.shape
+        kept = Retention(sinks, window)
+        return RetentionPlan.uniform(kept, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
+
+    def full(self) -> Contender:
+        shape = self.shape
+        plan = RetentionPlan.uniform(FULL, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
+        return of_plan(FULL_CACHE, "full", "all", plan)
+
+    def window_size(self) -> list[Contender]:
+        """Sinks + window of growing size."""
+        found = []
+        for size in self.params.sizes:
+            found.append(of_plan(f"4 + {size - 4}", "uniform sink + window", "window_size", self.uniform(4, size - 4)))
+        middle = self.params.sizes[len(self.params.sizes) // 2]
+        found.append(
+            Contender(f"fix_size_l2 {middle}", "fix_size_l2", "window_size", FixSizeL2Compressor(middle, 0.5), middle)
+        )
+        found.append(Contender("l2_compress 0.5", "l2_compress", "window_size", L2Compressor(0.5, middle), middle))
+        return found
+
+    def sink_importance(self) -> list[Contender]:
+        """With and without sinks at equal bytes: window alone for every size, more and fewer sinks for one."""
+        found = []
+        for size in self.params.sizes:
+            plan = self.uniform(0, size)
+            found.append(of_plan(f"0 + {size}", "window only", "sink_importance", plan, rival=f"4 + {size - 4}"))
+        middle = self.params.sizes[len(self.params.sizes) // 2]
+        for sinks in self.params.sink_counts:
+            if sinks not in (0, 4):
+                name, plan = f"{sinks} + {middle - sinks}", self.uniform(sinks, middle - sinks)
+                rival = f"4 + {middle - 4}"
+                found.append(of_plan(name, f"{sinks} sinks + window", "sink_importance", plan, rival))
+        return found
+
+    def head_aware(self, classifications: str | Path, plans: Iterable[str | Path] = ()) -> list[Contender]:
+        """The class table and its variants, plans from files, each with its rival; and the controls of the table."""
+        heads = self.shape.num_key_value_heads
+        table = class_table_plan(classifications, heads)
+        found = self.with_rival("class table", "class table", table)
+        found += self.with_rival("class table, wide", "class table", class_table_plan(classifications, heads, WIDE))
+        found += self.with_rival("class table, bold", "class table", class_table_plan(classifications, heads, BOLD))
+        rival = found[1].name
+        for seed in range(self.params.random_seeds):
+            found.append(of_plan(f"random {seed}", "random", "head_aware", shuffled(table, seed), rival))
+        found.append(of_plan("inverted", "inverted", "head_aware", inverted(table), rival))
+        per = per_layer(table, self.params.max_tokens)
+        found.append(of_plan("per layer", "per layer", "head_aware", per, rival))
+        for path in plans:
+            plan = RetentionPlan.load(path)
+            found += self.with_rival(Path(path).stem, plan.policy, plan)
+        return found
+
+    def with_rival(self, name: str, family: str, plan: RetentionPlan) -> list[Contender]:
+        rival = f"uniform = {name}"
+        even = uniform_at(plan, self.params.max_tokens)
+        return [
+            of_plan(name, family, "head_aware", plan, rival),
+            of_plan(rival, "uniform sink + window", "head_aware", even),
+        ]
+
+
+ABLATIONS = ("sink_importance", "window_size", "head_aware")
+
+
+def contenders_for(
+    ablations: Sequence[str],
+    config: Any,
+    params: AblationParams,
+    classifications: str | Path | None = None,
+    plans: Iterable[str | Path] = (),
+) -> dict[str, Contender]:
+    """Contenders of the named ablations by name, the full cache first, rivals included, nothing twice."""
+    field = Field(config, params)
+    found = [field.full()]
+    if "window_size" in ablations or "sink_importance" in ablations:
+        found += field.window_size() if "window_size" in ablations else field.window_size()[: len(params.sizes)]
+    if "sink_importance" in ablations:
+        found += field.sink_importance()
+    if "head_aware" in ablations:
+        assert classifications is not None
+        found += field.head_aware(classifications, plans)
+    return {contender.name: contender for contender in found}

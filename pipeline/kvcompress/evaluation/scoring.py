@@ -1,0 +1,136 @@
+"""Perplexity, next-token accuracy and KL to the full cache, token by token, through the real cache.
+
+A document streams through the model in chunks; every query sees exactly what its heads still hold, so what is scored is
+what a user gets, and the bytes are those of the cache that was read. Reading a document in one masked pass gives the
+same (`kvcompress.cache.judged`; a test holds the two together); content-dependent methods have no such pass.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.errors import InputError
+from kvcompress.methods.compressor import Compressor
+from kvcompress.models import input_device
+
+Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
+
+
+@dataclass
+class Score:
+    """One contender on all documents; arrays are `[document, predicted token]`, for tokens 1 ... T - 1 of each.
+
+    nll: negative log-likelihood, nats. correct: 1 where the most likely token was the right one. kl: divergence
+    KL(full cache || this), nats. Bytes are those of K and V really held, slack counted: at the end of a document, mean
+    over the passes, and the most at any time. `seconds` is the time of all its forward passes.
+    """
+
+    texts: list[str]  # of each document
+    nll: np.ndarray
+    correct: np.ndarray
+    kl: np.ndarray
+    nbytes_end: int
+    nbytes_mean: float
+    nbytes_peak: int
+    seconds: float
+
+    def rows(self, text: str | None) -> list[int]:
+        return [i for i, name in enumerate(self.texts) if text in (None, name)]
+
+    def mean(self, what: str, text: str | None = None, first: int = 0) -> float:
+        """Mean of `nll`, `correct` or `kl` over one text or all, from predicted token `first` of each document on."""
+        return float(getattr(self, what)[self.rows(text), first:].mean())
+
+    def perplexity(self, text: str | None = None, first: int = 0) -> float:
+        """exp of the mean NLL."""
+        return float(np.exp(self.mean("nll", text, first)))
+
+    def geometric_mean(self) -> float:
+        """Geometric mean of the texts' perplexities: every text counts the same."""
+        return float(np.exp(np.mean([self.mean("nll", text) for text in dict.fromkeys(self.texts)])))
+
+
+def full_log_probs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Log-probabilities of the next token after each of `tokens` `[token]` with the whole past: `[token, vocabulary]`."""
+    logits = model(tokens[None].to(input_device(model)), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def score_document(
+    model: PreTrainedModel, tokens: Tensor, reference: Tensor, cache: RaggedCache, chunk_size: int
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Per-token nll, correct and kl of one document, and the bytes the cache held after each chunk.
+
+    `reference` are the `full_log_probs` of the same tokens. The model must be attached.
+    """
+    pieces: dict[str, list[Tensor]] = {"nll": [], "correct": [], "kl": []}
+    held = []
+    tokens = tokens.to(reference.device)
+    for start in range(0, len(tokens), chunk_size):
+        chunk = tokens[start : start + chunk_size]
+        logits = model(chunk[None], past_key_values=cache, use_cache=True).logits[0]
+        held.append(cache.nbytes)
+        target = tokens[start + 1 : start + 1 + len(chunk)]  # one fewer in the last chunk
+        log_probs = torch.log_softmax(logits[: len(target)].float(), -1)
+        full = reference[start : start + len(target)]
+        pieces["nll"].append(-log_probs.gather(1, target[:, None])[:, 0])
+        pieces["correct"].append((log_probs.argmax(-1) == target).float())
+        pieces["kl"].append((full.exp() * (full - log_probs)).sum(-1))
+    return {name: torch.cat(parts).double().cpu().numpy() for name, parts in pieces.items()}, held
+
+
+def score_contenders(
+    model: PreTrainedModel,
+    documents: Documents,
+    contenders: Mapping[str, Compressor],
+    chunk_size: int = 256,
+    progress: bool = True,
+) -> dict[str, Score]:
+    """Every contender's `Score` on all documents, streaming prefill in chunks of `chunk_size` tokens.
+
+    Documents are the outer loop, so that the full cache's distributions (`tokens x vocabulary` floats) exist for one at
+    a time. Raises `InputError` where documents differ in length.
+    """
+    batch = [(text, tokens) for text, found in documents.items() for tokens in found]
+    if len({len(tokens) for _, tokens in batch}) != 1:
+        raise InputError(f"documents to score must have one length, found {sorted({len(t) for _, t in batch})} tokens")
+    parts: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in contenders}
+    held: dict[str, list[int]] = defaultdict(list)
+    peaks: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    total = len(batch) * len(contenders)
+    with torch.inference_mode(), tqdm(total=total, desc="perplexity", unit="run", disable=not progress) as bar:
+        for _, tokens in batch:
+            reference = full_log_probs(model, tokens)
+            for name, compressor in contenders.items():
+                start = time.perf_counter()
+                with compressor.attached(model):
+                    cache = compressor.new_cache(model.config, prefill="streaming")
+                    arrays, held[name] = score_document(model, tokens, reference, cache, chunk_size)
+                seconds[name] += time.perf_counter() - start
+                peaks[name] = max(peaks[name], cache.peak_nbytes)
+                for key, array in arrays.items():
+                    parts[name][key].append(array)
+                bar.update()
+    texts = [text for text, _ in batch]
+    return {
+        name: Score(
+            texts=texts,
+            nll=np.stack(part["nll"]),
+            correct=np.stack(part["correct"]),
+            kl=np.stack(part["kl"]),
+            nbytes_end=held[name][-1],
+            nbytes_mean=float(np.mean(held[name])),
+            nbytes_peak=peaks[name],
+            seconds=seconds[name],
+        )
+        for name, part in parts.items()
+    }

@@ -1,0 +1,87 @@
+"""Compare compression methods at equal bytes. Run: python -m stages.ablate --ablation all"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.artifacts import read_model, write_json, write_text
+from kvcompress.corpora import documents, load_texts
+from kvcompress.errors import InputError
+from kvcompress.evaluation.ablation import environment, metrics, report, run_ablation
+from kvcompress.evaluation.contenders import ABLATIONS, contenders_for
+from kvcompress.evaluation.retrieval import make_cases
+from kvcompress.models import ModelRecord, load_model, resolve_model
+from kvcompress.params import AblationParams, load_section
+from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    ablation: Annotated[list[str] | None, typer.Option(help="sink_importance, window_size, head_aware or all.")] = None,
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for NAME.json and NAME.md.")] = Path("reports/ablation"),
+    name: Annotated[str, typer.Option(help="Name of the result files.")] = "all",
+    metrics_file: Annotated[Path | None, typer.Option(help="Also write the few numbers for dvc metrics.")] = None,
+    classifications_path: Annotated[
+        Path | None, typer.Option(help="Classes [default: data-dir/refined_classifications.json].")
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan files that compete too.")] = None,
+    model_id: ModelId = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each document.")] = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """Perplexity, accuracy, KL and retrieval of every contender on evaluation text, with intervals and bytes."""
+    settings = load_section(AblationParams, params, max_tokens=max_tokens)
+    loading = model_params(params, model_id, bf16, device)
+    record = (
+        read_model(data_dir / "model.json", ModelRecord)
+        if model_id is None
+        else resolve_model(loading, output_dir / "model")
+    )
+    if settings.max_tokens > record.max_context:
+        raise InputError(
+            f"ablation.max_tokens is {settings.max_tokens}, but the context of {record.id} ends at {record.max_context}"
+        )
+    texts = load_texts(data_dir / "corpus", "evaluation")
+    chosen = list(ABLATIONS) if not ablation or "all" in ablation else ablation
+    for one in chosen:
+        if one not in ABLATIONS:
+            raise InputError(f"--ablation is {one!r}, expected all or one of {', '.join(ABLATIONS)}")
+    model, tokenizer = load_model(record, loading)
+    classes = classifications_path or data_dir / "refined_classifications.json"
+    contenders = contenders_for(chosen, model.config, settings, classes, plan or ())
+    batch = {
+        text: list(documents(tokenizer, text, content, settings.max_tokens, settings.documents_per_text))
+        for text, content in texts.items()
+    }
+    lengths, depths = settings.retrieval_lengths, settings.retrieval_depths
+    cases = make_cases(tokenizer, texts, lengths, depths, settings.retrieval_per_depth)
+    rows = run_ablation(model, batch, cases, contenders, settings)
+    where = environment(model)
+    origin = (
+        f"{record.id} on {where['device']} ({where['dtype']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}). Evaluation text only: {settings.documents_per_text} documents of "
+        f"{settings.max_tokens} tokens from each of {', '.join(texts)}, streaming prefill. Retrieval: "
+        f"{settings.retrieval_prefill} prefill, contexts of {', '.join(map(str, lengths))} tokens, "
+        "the question is never seen before compression."
+        if settings.retrieval_prefill == "exact"
+        else ""
+    )
+    write_json(
+        output_dir / f"{name}.json",
+        {"model": record.id, "environment": where, "settings": settings.model_dump(), "rows": rows},
+    )
+    if metrics_file:
+        write_json(metrics_file, metrics(rows))
+    text = report("Ablation: " + ", ".join(chosen), origin, rows)
+    write_text(output_dir / f"{name}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run(app)
