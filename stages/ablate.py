@@ -1,18 +1,20 @@
 """Compare compression methods at equal bytes. Run: python -m stages.ablate --ablation all"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvcompress.artifacts import read_model, write_json, write_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
-from kvcompress.evaluation.ablation import environment, metrics, report, run_ablation
+from kvcompress.evaluation.ablation import environment, metrics, run_ablation
+from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import ABLATIONS, contenders_for
 from kvcompress.evaluation.retrieval import make_cases
-from kvcompress.models import ModelRecord, load_model, resolve_model
-from kvcompress.params import AblationParams, load_section
+from kvcompress.models import ModelRecord, load_model, locate_model
+from kvcompress.params.ablation import AblationParams
+from kvcompress.params.base import load_section
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()
@@ -23,9 +25,11 @@ def main(
     ablation: Annotated[list[str] | None, typer.Option(help="sink_importance, window_size, head_aware or all.")] = None,
     params: ParamsFile = Path("params.yaml"),
     data_dir: DataDir = Path("data"),
-    output_dir: Annotated[Path, typer.Option(help="Folder for NAME.json and NAME.md.")] = Path("reports/ablation"),
-    name: Annotated[str, typer.Option(help="Name of the result files.")] = "all",
-    metrics_file: Annotated[Path | None, typer.Option(help="Also write the few numbers for dvc metrics.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for ablation.json and ablation.md.")] = Path("reports"),
+    output: Annotated[Path | None, typer.Option(help="Write only the rows, to this JSON file.")] = None,
+    metrics_file: Annotated[
+        Path | None, typer.Option("--metrics", help="The few numbers that dvc metrics shows.")
+    ] = None,
     classifications_path: Annotated[
         Path | None, typer.Option(help="Classes [default: data-dir/refined_classifications.json].")
     ] = None,
@@ -38,11 +42,7 @@ def main(
     """Perplexity, accuracy, KL and retrieval of every contender on evaluation text, with intervals and bytes."""
     settings = load_section(AblationParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
-    record = (
-        read_model(data_dir / "model.json", ModelRecord)
-        if model_id is None
-        else resolve_model(loading, output_dir / "model")
-    )
+    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(loading)[0]
     if settings.max_tokens > record.max_context:
         raise InputError(
             f"ablation.max_tokens is {settings.max_tokens}, but the context of {record.id} ends at {record.max_context}"
@@ -62,24 +62,16 @@ def main(
     lengths, depths = settings.retrieval_lengths, settings.retrieval_depths
     cases = make_cases(tokenizer, texts, lengths, depths, settings.retrieval_per_depth)
     rows = run_ablation(model, batch, cases, contenders, settings)
-    where = environment(model)
-    origin = (
-        f"{record.id} on {where['device']} ({where['dtype']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}). Evaluation text only: {settings.documents_per_text} documents of "
-        f"{settings.max_tokens} tokens from each of {', '.join(texts)}, streaming prefill. Retrieval: "
-        f"{settings.retrieval_prefill} prefill, contexts of {', '.join(map(str, lengths))} tokens, "
-        "the question is never seen before compression."
-        if settings.retrieval_prefill == "exact"
-        else ""
-    )
-    write_json(
-        output_dir / f"{name}.json",
-        {"model": record.id, "environment": where, "settings": settings.model_dump(), "rows": rows},
-    )
+    result: dict[str, Any] = {"model": record.id, "texts": list(texts), "environment": environment(model)}
+    result |= {"settings": settings.model_dump(), "rows": rows}
+    text = report([result])
+    if output:
+        write_json(output, result)
+    else:
+        write_json(output_dir / "ablation.json", [result])
+        write_text(output_dir / "ablation.md", text)
     if metrics_file:
         write_json(metrics_file, metrics(rows))
-    text = report("Ablation: " + ", ".join(chosen), origin, rows)
-    write_text(output_dir / f"{name}.md", text)
     print(text)
 
 

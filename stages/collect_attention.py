@@ -9,8 +9,9 @@ from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import read_model, read_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
-from kvcompress.models import ModelRecord, load_model, resolve_model
-from kvcompress.params import CollectParams, load_section
+from kvcompress.models import ModelRecord, load_model, locate_model
+from kvcompress.params.base import load_section
+from kvcompress.params.collect import CollectParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()
@@ -39,10 +40,9 @@ def main(
         CollectParams, params, max_tokens=max_tokens, chunk_size=chunk_size, documents_per_text=documents_per_text
     )
     settings = model_params(params, model_id, bf16, device)
-    if model_id is None:
-        record = read_model(data_dir / "model.json", ModelRecord)
-    else:
-        record = resolve_model(settings, output / "model")
+    if model_id is not None and output_dir is None:
+        raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
+    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(settings)[0]
     if collect.max_tokens > record.max_context:
         raise InputError(
             f"collect.max_tokens is {collect.max_tokens}, but the context of {record.id} ends at {record.max_context}"

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.errors import KVCompressError
-from kvcompress.params import ModelParams, load_section, override
+from kvcompress.errors import InputError, KVCompressError
+from kvcompress.params.base import load_section, override
+from kvcompress.params.model import ModelParams
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters; flags override them.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the pipeline's artifacts.")]
@@ -34,6 +35,9 @@ def run(app: typer.Typer) -> None:
     except KVCompressError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
+    except OSError as error:  # a full disk or a lost folder, wherever it shows
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
+        raise SystemExit(1) from None
 
 
 def model_params(params: Path, model_id: str | None, bf16: bool | None, device: str | None) -> ModelParams:
@@ -44,4 +48,6 @@ def model_params(params: Path, model_id: str | None, bf16: bool | None, device: 
         return section
     if Path(model_id).is_dir():
         return override(section, source="local", local={"path": model_id})
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or not model_id.strip():
+        raise InputError(f"--model-id is {model_id!r}, but there is no such folder, and it is no name on the hub")
     return override(section, source="hub", hub={"id": model_id, "revision": "main"})

@@ -11,7 +11,9 @@ from kvcompress.analysis.statistics import load_statistics, require_same_model
 from kvcompress.analysis.visualize import save_figures
 from kvcompress.artifacts import write_text
 from kvcompress.heads import load_classifications
-from kvcompress.params import PlotParams, ThresholdParams, load_section
+from kvcompress.params.analysis import ThresholdParams
+from kvcompress.params.base import load_section
+from kvcompress.params.plots import PlotParams
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()
@@ -26,14 +28,14 @@ def main(
         Path | None, typer.Option(help="[default: data-dir/refined_classifications.json]")
     ] = None,
 ) -> None:
-    """Draw every figure to REPORTS_DIR/figures and write the summary and the plot data beside them."""
+    """Draw every figure to REPORTS_DIR/figures/analysis and write the summary and the plot data beside them."""
     plots, thresholds = load_section(PlotParams, params), load_section(ThresholdParams, params)
     file = load_statistics(data_dir / "head_statistics.json")
     path = classifications_path or data_dir / "refined_classifications.json"
     found = load_classifications(path)
     require_same_model(file, found, path)
     info, statistics, classes = file.model_info, file.head_statistics, found.ordered
-    for figure in save_figures(reports_dir / "figures", info, statistics, classes, thresholds, plots.dpi):
+    for figure in save_figures(reports_dir / "figures/analysis", info, statistics, classes, thresholds, plots.dpi):
         print(figure)
     write_text(reports_dir / "analysis_summary.txt", analysis_summary(info, statistics, classes))
     save_plot_data(reports_dir / "plots", statistics, classes)

@@ -5,7 +5,8 @@ from pathlib import Path
 from kvcompress.artifacts import write_json
 from kvcompress.corpora import prepare_corpus
 from kvcompress.models import resolve_model
-from kvcompress.params import CorpusParams, load_section
+from kvcompress.params.base import load_section
+from kvcompress.params.corpus import CorpusParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()

@@ -14,7 +14,8 @@ from kvcompress.analysis.report import class_metrics, validation_report
 from kvcompress.analysis.statistics import load_statistics, require_same_model
 from kvcompress.artifacts import write_json, write_text
 from kvcompress.heads import load_classifications, save_classifications
-from kvcompress.params import ThresholdParams, WindowParams, load_section
+from kvcompress.params.analysis import ThresholdParams, WindowParams
+from kvcompress.params.base import load_section
 from stages.common import ParamsFile, run, stage_app
 
 app = stage_app()

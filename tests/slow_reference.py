@@ -65,7 +65,7 @@ def slow_statistics(
                         if distance < recent:
                             add("recent", layer, head, weight)
                         add("relative", layer, head, weight, distance)
-                        if not (is_sink if distance < 64 else k < 64):
+                        if k >= 64:
                             add("without", layer, head, weight, distance)
     queries = result.pop("queries")
     varied = result.pop("varied")

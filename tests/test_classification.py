@@ -9,7 +9,7 @@ from kvcompress.analysis.classification import classify_first_pass, classify_hea
 from kvcompress.analysis.report import class_metrics, validation_report
 from kvcompress.analysis.statistics import HeadStatistics, load_statistics
 from kvcompress.heads import HeadClassification, HeadType, ModelInfo, load_classifications, save_classifications
-from kvcompress.params import ThresholdParams, WindowParams
+from kvcompress.params.analysis import ThresholdParams, WindowParams
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared/reference/pythia-2.8b"
 published = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published data in {REFERENCE}")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_block, empty_layer
 from kvcompress.analysis.classification import classify_heads
@@ -11,7 +12,7 @@ from kvcompress.analysis.observe import MASKED, NAME, observing, require_observa
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.heads import HeadType
-from kvcompress.params import StatisticsParams
+from kvcompress.params.analysis import StatisticsParams
 from tests.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -83,8 +84,9 @@ def test_long_text_reaches_the_tail() -> None:
     weights = torch.rand(1, length, length, generator=torch.Generator().manual_seed(0)).tril()
     weights /= weights.sum(-1, keepdim=True)
     sums = empty_layer(1, torch.device("cpu"))
-    for start in range(0, length, 200):
-        block = weights[:, start : start + 200, : min(start + 200, length)].contiguous()
+    for start in (0, 200, 600, 1000, 1030, 1060, 1087, 1090, 1200):
+        stop = min([*(s for s in (200, 600, 1000, 1030, 1060, 1087, 1090, 1200) if s > start), length])
+        block = weights[:, start:stop, :stop].contiguous()
         add_block(sums, block.clamp_min(1e-30).log(), block, start, None)
     query, key = np.indices((length, length))
     distance = (query - key)[np.tril_indices(length)]
@@ -158,8 +160,6 @@ def test_a_model_with_another_term_is_found_out() -> None:
     model = tiny_model("llama", "eager")
     honest = require_observable(model)
     assert honest.num_key_value_heads == 2
-    for layer in model.model.layers:
-        layer.self_attn.scaling *= 0.5
     original = type(model.model.layers[0].self_attn).forward
 
     def biased(self, *args, **kwargs):  # what a learned bias would do to the model's own attention
@@ -190,3 +190,44 @@ def test_cuda_gives_the_same(name: str) -> None:
     for chunk in (64, 213):
         sums = collect_attention(tiny_model(name).cuda(), [text], chunk, progress=False)
         assert_same(compute_statistics(sums, MEASURE), expected)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused() -> None:
+    """Such a model hides keys without telling its attention; the observer would look through the mask."""
+    model = tiny_model("mistral")
+    for layer in model.model.layers:
+        original = type(layer.self_attn).forward
+
+        def silent(self, *args, original=original, **kwargs):
+            window, self.config.sliding_window = self.config.sliding_window, None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.config.sliding_window = window
+
+        layer.self_attn.forward = silent.__get__(layer.self_attn)
+    with pytest.raises(UnsupportedModelError, match="has a sliding window of 40 by its config, but passes None"):
+        require_observable(model)
+
+
+def test_a_model_in_training_mode_or_with_damaged_weights_is_named() -> None:
+    model = tiny_model("gpt2").train()
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        require_observable(model)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias.fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match="not finite"):
+        require_observable(model.eval())
+
+
+def test_rotation_that_depends_on_length_is_fed_whole() -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.config.max_position_embeddings = 512  # the context that scaling reaches
+    whole, chunks = (collect_attention(model, [tokens(200)], size, progress=False) for size in (200, 32))
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(tensor, chunks.tensors[name])

@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from kvcompress.corpora import documents, leading_tokens, load_texts, prepare_corpus, require_disjoint, stdlib_topics
+from kvcompress.corpora import (
+    cut_at,
+    documents,
+    leading_tokens,
+    load_texts,
+    prepare_corpus,
+    require_disjoint,
+    stdlib_topics,
+)
 from kvcompress.errors import InputError
-from kvcompress.params import CorpusParams
+from kvcompress.params.corpus import CorpusParams
 from tests.tiny import prose, tiny_tokenizer
 
 
@@ -32,12 +40,26 @@ def test_parts_are_consecutive_and_complete(tmp_path: Path) -> None:
     assert 0.39 < len(calibration["one"]) / len(one) < 0.42
 
 
+def test_a_text_of_one_line_is_cut_where_the_share_says() -> None:
+    words = " ".join(f"word{i}" for i in range(5000))
+    assert 0.1 <= cut_at(words, 0.1) / len(words) < 0.11
+    assert words[cut_at(words, 0.1) - 1] == " "
+    assert cut_at("x" * 1000, 0.3) == 300
+    assert cut_at("ab", 0.9) == 1
+
+
 def test_a_passage_on_both_sides_is_found(tmp_path: Path) -> None:
     shared = prose(60, 9)
     one, two = prose(400, 1) + shared + prose(400, 2), prose(300, 3) + shared.upper().replace(" ", "\n")
     require_disjoint({"one": one}, {"two": prose(300, 3)})
-    with pytest.raises(InputError, match="'two' repeats calibration text 'one': “word"):
+    with pytest.raises(InputError, match="'two' repeats calibration text 'one': “"):
         require_disjoint({"one": one}, {"two": two})
+    chinese = "".join(chr(0x4E00 + i * 7 % 5000) for i in range(8000))
+    with pytest.raises(InputError, match="'two' repeats"):
+        require_disjoint({"one": chinese}, {"two": chinese[2000:4000]})
+    for a, b in ((one[:90], one), (one, one[50:140])):  # shorter than an indexed run
+        with pytest.raises(InputError, match="'two' repeats"):
+            require_disjoint({"one": a}, {"two": b})
     with pytest.raises(InputError, match="must not overlap"):
         prepare_corpus(corpus(tmp_path, one=(one, 1.0), two=(one, 0.0)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextConfig, T5Config
 
 from kvcompress import packages
 from kvcompress.analysis.observe import require_observable
 from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.models import load_model, model_shape, resolve_device, resolve_model
+from kvcompress.models import load_folder, load_model, model_shape, resolve_device, resolve_model
 from kvcompress.packages import fetch_packaged_file, read_member
-from kvcompress.params import HubModel, LocalModel, ModelParams, PackagedFile, PackagedModel
+from kvcompress.params.model import HubModel, LocalModel, ModelParams, PackagedFile, PackagedModel
 from tests.tiny import save_tiny, tiny_model
 
 DIGEST = "0" * 64
@@ -51,6 +52,10 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
         (lambda f: f.rename(f.parent / "elsewhere"), "there is no such folder"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not a config"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "four"}'),
+            "config.json is not a config",
+        ),
         (lambda f: (f / "config.json").write_text('{"model_type": "abacus"}'), "config.json is not a config"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are never loaded"),
     ],
@@ -72,11 +77,21 @@ def test_truncated_weights_do_not_load(tmp_path: Path) -> None:
         load_model(record, local(folder))
 
 
+def test_lacking_weights_are_not_made_up(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "mine")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, folder / "model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"the weights in .*mine lack model\.layers\.1"):
+        load_folder(folder, local(folder))
+
+
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     params = ModelParams(source="hub", hub=HubModel(id="nobody/no-such-model", revision="abc"))
-    with pytest.raises(InputError, match=r"nobody/no-such-model \(revision abc\) is not to be had"):
+    with pytest.raises(InputError, match=r"nobody/no-such-model \(revision abc\) is not in the hub's cache"):
         resolve_model(params, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -101,8 +116,9 @@ def test_a_hub_model_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest
 
 def test_a_device_that_is_not_there() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match="model.device is 'abacus'"):
-        resolve_device("abacus")
+    for name in ("abacus", "meta"):
+        with pytest.raises(InputError, match=f"model.device is '{name}'"):
+            resolve_device(name)
 
 
 def archive(content: dict[str, bytes]) -> bytes:

@@ -5,23 +5,27 @@ from pathlib import Path
 import pytest
 
 from kvcompress.errors import InputError
-from kvcompress.params import (
-    SECTIONS,
-    CollectParams,
-    CorpusParams,
-    ModelParams,
-    StatisticsParams,
-    ThresholdParams,
-    WindowParams,
-    load_section,
-)
+from kvcompress.params.ablation import AblationParams
+from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
+from kvcompress.params.base import SECTIONS, SectionParams, load_section
+from kvcompress.params.collect import CollectParams
+from kvcompress.params.corpus import CorpusParams
+from kvcompress.params.model import ModelParams
+from kvcompress.params.plots import PlotParams
 
+# every section's class, by the name it has in params.yaml
+CLASSES = {one.section: one for one in SectionParams.__subclasses__() if one.__module__.startswith("kvcompress.")}
 DEFAULT = Path(__file__).parents[1] / "params.yaml"
 
 
-@pytest.mark.parametrize("name", list(SECTIONS))
+def test_every_section_has_one_class() -> None:
+    assert set(CLASSES) == set(SECTIONS)
+    assert {AblationParams, PlotParams} <= set(CLASSES.values())
+
+
+@pytest.mark.parametrize("name", SECTIONS)
 def test_the_committed_file_is_valid(name: str) -> None:
-    assert load_section(SECTIONS[name], DEFAULT)
+    assert load_section(CLASSES[name], DEFAULT)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def test_flags_override_params_and_may_have_underscores(project: Path) -> None:
 
 def test_another_model_and_text_by_flag(project: Path) -> None:
     (project / "mine.txt").write_text(prose(200, 5))
+    refused = stage(project, "collect_attention", "--model-id", "models/tiny", check=False)
+    assert "--model-id needs --output-dir" in refused.stderr
     flags = [
         "--model-id",
         "models/tiny",
@@ -91,6 +93,7 @@ def test_without_the_flag_the_found_classes_are_validated(project: Path) -> None
     [
         ("prepare", ["--model-id", "models"], "model folder models has no config.json"),
         ("prepare", ["--params", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        ("prepare", ["--model-id", "./typo"], "--model-id is './typo', but there is no such folder"),
         (
             "collect_attention",
             ["--max-tokens", "600"],
@@ -102,7 +105,7 @@ def test_without_the_flag_the_found_classes_are_validated(project: Path) -> None
         ("collect_attention", ["--data-dir", "nowhere"], "cannot read nowhere/model.json"),
         ("collect_attention", ["--device", "abacus"], "model.device is 'abacus'"),
         ("compute_stats", ["--sink-size", "0"], "command line: sink_size"),
-        ("compute_stats", ["--sink-size", "65"], "statistics.sink_size is 65"),
+        ("compute_stats", ["--sink-size", "65"], "command line: sink_size"),
         ("compute_stats", ["--recent-ratio", "nan"], "command line: recent_ratio"),
         ("classify", ["--data-dir", "nowhere"], "cannot read nowhere/head_statistics.json"),
         ("plot", ["--classifications-path", "params.yaml"], "params.yaml is not complete JSON"),
@@ -125,7 +128,13 @@ def test_a_killed_stage_leaves_no_result_and_the_next_run_succeeds(kill: signal.
     run(folder, "git", "init", "-q")
     stage(folder, "prepare")
     command = [sys.executable, "-m", "stages.collect_attention", "--chunk-size", "1"]  # slow enough to be caught
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
+    )
     assert process.stderr
     seen = b""
     while b"%" not in seen or b"  0%" in seen[-40:]:  # the progress bar moves: the model is at work

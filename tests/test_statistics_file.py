@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.collect import collect_attention
@@ -18,8 +20,10 @@ from kvcompress.analysis.statistics import (
 from kvcompress.artifacts import write_tensors
 from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
-from kvcompress.params import StatisticsParams
+from kvcompress.params.analysis import StatisticsParams
 from tests.tiny import tiny_model
+
+ORIGIN = {"model_id": "tiny", "revision": "1", "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,8 @@ def statistics_file(sums: AttentionSums, tmp_path: Path) -> Path:
 
 
 def test_sums_survive_the_file(sums: AttentionSums, tmp_path: Path) -> None:
-    sums.save(tmp_path / "a.safetensors", {"model_id": "tiny"})
-    sums.save(tmp_path / "b.safetensors", {"model_id": "tiny"})
+    sums.save(tmp_path / "a.safetensors", ORIGIN)
+    sums.save(tmp_path / "b.safetensors", ORIGIN)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     loaded, header = AttentionSums.load(tmp_path / "a.safetensors")
     assert header["model_id"] == "tiny"
@@ -52,7 +56,7 @@ def test_damaged_sums_are_refused(sums: AttentionSums, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="not a complete safetensors file"):
         AttentionSums.load(path)
-    header = {"documents": 1, "longest": 150}
+    header = {"documents": 1, "longest": 150, **ORIGIN}
     write_tensors(path, {**sums.tensors, "entropy": sums.tensors["entropy"] * float("nan")}, header)
     with pytest.raises(InputError, match="entropy holds values that are not finite"):
         AttentionSums.load(path)
@@ -62,24 +66,26 @@ def test_damaged_sums_are_refused(sums: AttentionSums, tmp_path: Path) -> None:
     write_tensors(path, {"entropy": sums.tensors["entropy"]}, header)
     with pytest.raises(InputError, match="collect again"):
         AttentionSums.load(path)
+    write_tensors(path, sums.tensors, ORIGIN)
+    with pytest.raises(InputError, match="its header has no 'documents'"):
+        AttentionSums.load(path)
+    save_file(sums.tensors, path, metadata={"kvcompress": '{"documents": 1'})
+    with pytest.raises(InputError, match="is not a JSON object"):
+        AttentionSums.load(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sink_size": 65}, "sink_size is 65"),
-        ({"local_window": 65}, "local_window 65"),
+        ({"sink_size": 65}, "sink_size"),
+        ({"local_window": 65}, "local_window"),
         ({"recent_ratio": 0.123}, "recent_ratio is 0.123, expected a multiple of 0.01"),
-        ({"sink_size": 60, "local_window": 64}, None),
     ],
 )
-def test_a_measure_that_the_sums_cannot_answer(sums: AttentionSums, changes: dict, message: str | None) -> None:
-    measure = StatisticsParams(**changes)
-    if message is None:
-        assert len(compute_statistics(sums, measure)) == 8
-    else:
-        with pytest.raises(InputError, match=message):
-            compute_statistics(sums, measure)
+def test_a_measure_that_the_sums_cannot_answer(sums: AttentionSums, changes: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StatisticsParams(**changes)
+    assert len(compute_statistics(sums, StatisticsParams(sink_size=64, local_window=64))) == 8
 
 
 def test_sinks_and_window_larger_than_the_text() -> None:
@@ -105,6 +111,12 @@ def edit(path: Path, change) -> None:
         (
             lambda p: edit(p, lambda c: c["head_statistics"][3].update(sink_ratio="a lot")),
             "head_statistics.3.sink_ratio",
+        ),
+        (lambda p: edit(p, lambda c: c["head_statistics"][3].update(sink_ratio="0.5")), "head_statistics.3.sink_ratio"),
+        (lambda p: edit(p, lambda c: c["head_statistics"][3].update(sink_ratio=0.987)), "sink_ratio is 0.987"),
+        (
+            lambda p: edit(p, lambda c: c["head_statistics"][3].update(relative_position_dist=[])),
+            "relative_position_dist",
         ),
         (lambda p: edit(p, lambda c: c["head_statistics"][3].update(head_idx=9)), "head 9 of layer 0 does not exist"),
         (lambda p: edit(p, lambda c: c["head_statistics"][3].update(colour=1)), "colour"),

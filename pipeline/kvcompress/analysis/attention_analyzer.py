@@ -26,7 +26,8 @@ from kvcompress.corpora import leading_tokens
 from kvcompress.errors import InputError
 from kvcompress.heads import HeadClassification, HeadType, ModelInfo, save_classifications
 from kvcompress.models import model_shape
-from kvcompress.params import StatisticsParams, ThresholdParams, WindowParams, override
+from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
+from kvcompress.params.base import override
 
 __all__ = [
     "HIGH_ENTROPY_THRESHOLD",
@@ -66,7 +67,7 @@ class AttentionAnalyzer:
         )
         self.thresholds = thresholds
         self.windows = windows
-        self.model_info: ModelInfo | None = None
+        self._measured: list[tuple[Sequence[HeadStatistics], ModelInfo]] = []
 
     def analyze(
         self, text: str, max_tokens: int = 2048, chunk_size: int = 512
@@ -88,8 +89,10 @@ class AttentionAnalyzer:
             )
         sums = collect_attention(self.model, [torch.tensor(ids[:max_tokens])], chunk_size)
         statistics = compute_statistics(sums, self.params)
-        origin = {"model_id": self.model.config.name_or_path or None, "num_key_value_heads": shape.num_key_value_heads}
-        self.model_info = describe_measure(sums, self.params, origin)
+        config = self.model.config
+        origin = {"model_id": config.name_or_path or type(self.model).__name__}
+        origin |= {"revision": getattr(config, "_commit_hash", None), "num_key_value_heads": shape.num_key_value_heads}
+        self._measured.append((statistics, describe_measure(sums, self.params, origin)))
         return statistics, classify_heads(statistics, self.thresholds, self.windows, self.params.sink_size)
 
     def save_results(
@@ -98,11 +101,15 @@ class AttentionAnalyzer:
         classifications: Sequence[HeadClassification],
         output_dir: str | Path,
     ) -> None:
-        """Write `head_statistics.json`, `head_classifications.json` and `analysis_summary.txt` to `output_dir`."""
-        if self.model_info is None:
-            raise InputError("there are no results to save: call analyze first")
+        """Write `head_statistics.json`, `head_classifications.json` and `analysis_summary.txt` to `output_dir`.
+
+        Raises `InputError` for statistics that this analyzer did not return.
+        """
+        info = next((info for measured, info in self._measured if measured is stats), None)
+        if info is None:
+            raise InputError("these statistics are none that this analyzer's analyze returned")
         output_dir = Path(output_dir)
-        save_statistics(output_dir / "head_statistics.json", stats, self.model_info)
-        save_classifications(output_dir / "head_classifications.json", classifications, self.model_info, "refined")
-        summary = analysis_summary(self.model_info, stats, classifications)
+        save_statistics(output_dir / "head_statistics.json", stats, info)
+        save_classifications(output_dir / "head_classifications.json", classifications, info, "refined")
+        summary = analysis_summary(info, stats, classifications)
         write_text(output_dir / "analysis_summary.txt", summary)

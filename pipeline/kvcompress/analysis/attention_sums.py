@@ -2,7 +2,7 @@
 
 For each layer and query head, sums over all scored queries of one or several documents. They add over documents and
 processes, so a change of sink size, local window, recent ratio or any threshold needs no forward pass. Nothing here
-has a size that grows with the text. All sums are float64; `q` is a query's position, `k` a key's, `d = q - k` their
+has a size that grows with the text. Blocks are added up in float64; `q` is a query's position, `k` a key's, `d = q - k` their
 distance, `n` the number of keys that the query may see (q + 1, or less under a sliding window).
 """
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.errors import InputError
 
-SINK_POSITIONS = 64  # the weight on each of the first keys; the largest sink_size that statistics can answer
-EARLY_QUERIES = 128  # the first queries, kept singly: where sinks and local window overlap
-LOCAL_LIMIT = EARLY_QUERIES - SINK_POSITIONS  # the largest local_window
+SINK_POSITIONS = 64  # the weight on each of the first keys; bounds statistics.sink_size
+EARLY_QUERIES = 128  # the first queries, kept singly: where sinks and a local window of up to 64 keys overlap
 DISTANCES = 1024  # relative distances kept singly; what lies farther back is the tail
 RECENT_STEPS = 100  # recent_ratio in steps of one percent
 
@@ -95,6 +94,9 @@ class AttentionSums:
                 )
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: {name} holds values that are not finite numbers")
+        for name in ("documents", "longest", "model_id", "revision", "num_key_value_heads"):
+            if name not in header:
+                raise InputError(f"{path}: its header has no {name!r}; collect again")
         return cls(tensors, int(header["documents"]), int(header["longest"])), header
 
 

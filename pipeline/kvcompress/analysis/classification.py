@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvcompress.analysis.statistics import HeadStatistics
 from kvcompress.heads import HeadClassification, HeadType
-from kvcompress.params import ThresholdParams, WindowParams
+from kvcompress.params.analysis import ThresholdParams, WindowParams
 from kvcompress.retention import UNBOUNDED, Strategy
 
 LOW_ENTROPY_THRESHOLD = 1.5  # nats; below: candidate for a positional head

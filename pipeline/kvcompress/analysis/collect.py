@@ -1,6 +1,7 @@
 """Run a model over documents and collect the sums of its attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def collect_attention(
             raise InputError(f"a document of {len(tokens)} tokens exceeds the model's context of {shape.max_context}")
         if len(tokens) < 2:
             raise InputError(f"a document has {len(tokens)} tokens, expected at least 2")
+    if rope_depends_on_length(model.config):
+        chunk_size = max(map(len, documents), default=1)  # a chunk would be rotated as if the text ended with it
     total: AttentionSums | None = None
     with (
         torch.inference_mode(),
@@ -46,3 +49,10 @@ def collect_attention(
     if total is None:
         raise InputError("there are no documents to collect attention from")
     return total
+
+
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether a key's rotation changes with the length of the text so far (dynamic NTK, LongRoPE)."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    blocks = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(block.get("rope_type") in ("dynamic", "longrope") for block in blocks)

@@ -33,6 +33,8 @@ class AttentionObserver:
     def __init__(self) -> None:
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.seen: dict[int, int] = {}
+        self.windows: dict[int, int | None] = {}  # the sliding window that each layer passes on
+        self.kv_heads: dict[int, int] = {}
 
     def sums(self, num_layers: int) -> AttentionSums:
         """The document's sums. Raises `UnsupportedModelError` where a layer's attention was never seen."""
@@ -64,8 +66,10 @@ class AttentionObserver:
             raise UnsupportedModelError(
                 f"layer {layer} got {keys} keys after {first + length} tokens: a cache that drops keys hides attention"
             )
-        self.seen[layer] = keys
-        sums = self.layers.setdefault(layer, empty_layer(heads, query.device))
+        self.seen[layer], self.windows[layer], self.kv_heads[layer] = keys, window, kv_heads
+        if layer not in self.layers:
+            self.layers[layer] = empty_layer(heads, query.device)
+        sums = self.layers[layer]
         group = heads // kv_heads
         query = query.float().view(kv_heads, group, length, -1)
         transposed = key.float().transpose(1, 2)  # [kv_head, head_dim, key]
@@ -162,7 +166,6 @@ def observing(model: PreTrainedModel) -> Iterator[AttentionObserver]:
         model.set_attn_implementation(before)
 
 
-KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE_TOKENS = 48
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
@@ -174,13 +177,10 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
     rounding. So a term that the observer does not know (a bias, a learned sink, another mask) is found, whatever its name.
     """
     name, shape = type(model).__name__, model_shape(model.config)
+    if model.training:
+        raise UnsupportedModelError(f"{name} is in training mode, whose dropout hides attention: call model.eval()")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name} does not dispatch through transformers' attention interface")
-    unknown = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KNOWN_LAYER_TYPES
-    if unknown:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(sorted(unknown))}, which hold no plain KV cache"
-        )
     length = min(PROBE_TOKENS, shape.max_context)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(length, device=input_device(model)) * 7919 + 11)[None] % vocabulary
@@ -189,6 +189,9 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
         with observing(model) as observer:
             observed = model.base_model(ids, use_cache=False).last_hidden_state.float()
         observer.sums(shape.num_layers)
+    require_as_described(name, shape, observer)
+    if not own.isfinite().all():
+        raise UnsupportedModelError(f"{name} gives hidden states that are not finite numbers; are its weights damaged?")
     difference = float((own - observed).norm() / own.norm())
     if not difference <= PROBE_TOLERANCE.get(model.dtype, 1e-3):
         raise UnsupportedModelError(
@@ -196,3 +199,22 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
             "term that cannot be observed"
         )
     return shape
+
+
+def require_as_described(name: str, shape: ModelShape, observer: AttentionObserver) -> None:
+    """Raise `UnsupportedModelError` where the heads or windows observed are not those that the config describes.
+
+    Some models apply a sliding window through their mask alone; the observer would look through it at all keys.
+    """
+    for layer, window in enumerate(shape.windows):
+        if observer.windows[layer] != window:
+            raise UnsupportedModelError(
+                f"{name}: layer {layer} has a sliding window of {window} by its config, but passes "
+                f"{observer.windows[layer]} on to attention, so what it hides cannot be observed"
+            )
+        found = (observer.layers[layer]["entropy"].shape[0], observer.kv_heads[layer])
+        if found != (shape.num_attention_heads, shape.num_key_value_heads):
+            raise UnsupportedModelError(
+                f"{name}: layer {layer} has {found[0]} query and {found[1]} KV heads, its config says "
+                f"{shape.num_attention_heads} and {shape.num_key_value_heads}"
+            )

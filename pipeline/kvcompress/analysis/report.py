@@ -101,9 +101,7 @@ def insights(classes: Sequence[HeadClassification]) -> list[str]:
     lines = section("KEY INSIGHTS")
     if true_heads:
         lines.append(f"  Sink-positional heads outnumber true-positional ones by {sink_heads / true_heads:.1f}x")
-    lines.append(
-        f"  {100 * sinks / total:.1f}% of heads put so much weight on sinks that a window alone would starve them"
-    )
+    lines.append(f"  {100 * sinks / total:.1f}% of heads get sinks in the class table")
     lines.append(f"  {counts[HeadType.GATHERING]} gathering heads look at everything and keep the full cache")
     lines.append("  Classes describe attention; what a shorter cache costs a head has to be measured")
     lines += section("RECOMMENDED COMPRESSION CONFIG (sinks + window of each class)")
@@ -156,7 +154,9 @@ def class_metrics(info: ModelInfo, classes: Sequence[HeadClassification]) -> dic
     kv_heads = info.num_layers * (info.num_key_value_heads or info.num_heads)
     joined = join_query_heads([head.retention for head in classes], kv_heads)
     return {
-        "heads": {kind.value: counts[kind] for kind in REFINED},
+        "heads": {
+            kind.value: counts[kind] for kind in (*REFINED, HeadType.POSITIONAL) if kind in REFINED or counts[kind]
+        },
         "compressible_share": round(fmean(head.compression_strategy != "full" for head in classes), 6),
         "sink_share": round(fmean(head.keep_sinks for head in classes), 6),
         "compressible_kv_heads": sum(not kept.unbounded for kept in joined),

@@ -12,19 +12,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from kvcompress.analysis.attention_sums import LOCAL_LIMIT, RECENT_STEPS, SINK_POSITIONS, AttentionSums
+from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.artifacts import read_model, write_json
 from kvcompress.errors import InputError
 from kvcompress.heads import ClassificationFile, ModelInfo
-from kvcompress.params import StatisticsParams
+from kvcompress.params.analysis import StatisticsParams
 from kvcompress.retention import require_each_once
 
 NEAR = 64  # distances in relative_position_dist
 TAIL_EDGES = (64, 128, 256, 512, 1024)  # relative_position_tail: [64, 128), [128, 256) ... [1024, end)
 REGIONS = ("sink", "recent", "local", "global")
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(allow_inf_nan=False, ge=-1e-3, le=1.02)]  # published sums exceed 1 by bf16 rounding
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[
+    float, Field(strict=True, allow_inf_nan=False, ge=-1e-3, le=1.02)
+]  # published sums exceed 1 by bf16 rounding
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -41,18 +43,18 @@ class HeadStatistics:
     uniformity_score: KL divergence from attention to uniform, log(visible) - entropy, nats; 0 is uniform.
     relative_position_dist: mean weight at distances 0 ... 63 (0: the query's own key); it sums to 1 with
     relative_position_tail: mean weight at distances [64, 128), [128, 256), [256, 512), [512, 1024) and beyond.
-    relative_without_sinks, tail_without_sinks: the same without the weight on sinks (tail: on the first 64 keys).
+    relative_without_sinks, tail_without_sinks: the same without the weight on the first 64 keys.
     """
 
     layer_idx: Annotated[int, Field(ge=0)]
     head_idx: Annotated[int, Field(ge=0)]
-    mean_entropy: Annotated[float, Field(allow_inf_nan=False, ge=0)]
-    std_entropy: Annotated[float, Field(allow_inf_nan=False, ge=0)]
+    mean_entropy: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+    std_entropy: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
     max_attention_mean: Share
     position_preference: dict[str, Share]
     sink_ratio: Share
     uniformity_score: Finite
-    relative_position_dist: list[Share]
+    relative_position_dist: Annotated[list[Share], Field(min_length=1)]
     normalized_entropy: Share | None = None
     relative_position_tail: list[Share] | None = None
     relative_without_sinks: list[Share] | None = None
@@ -61,6 +63,8 @@ class HeadStatistics:
     def __post_init__(self) -> None:
         if set(self.position_preference) != set(REGIONS):
             raise ValueError(f"position_preference has {sorted(self.position_preference)}, expected {sorted(REGIONS)}")
+        if abs(self.position_preference["sink"] - self.sink_ratio) > 1e-6:
+            raise ValueError(f"sink_ratio is {self.sink_ratio}, position_preference {self.position_preference['sink']}")
 
     @property
     def local_ratio(self) -> float:
@@ -127,24 +131,14 @@ def describe_measure(sums: AttentionSums, params: StatisticsParams, origin: Mapp
 def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[HeadStatistics]:
     """Head statistics from attention sums, in order of layer and head.
 
-    Raises `InputError` where the sums cannot answer: sink_size beyond the first 64 keys or the text, local_window beyond
-    64, or a text no longer than sinks and window together.
+    Raises `InputError` where the longest text is no longer than sinks and window together.
     """
     sinks, window = params.sink_size, params.local_window
-    if sinks > SINK_POSITIONS or window > LOCAL_LIMIT:
-        raise InputError(
-            f"statistics.sink_size is {sinks} and statistics.local_window {window}; "
-            f"the collected sums answer up to {SINK_POSITIONS} and {LOCAL_LIMIT}"
-        )
     if sinks + window >= sums.longest:
         raise InputError(
             f"statistics.sink_size {sinks} and statistics.local_window {window} leave nothing between them: "
             f"the longest text has {sums.longest} tokens"
         )
-    step = round(params.recent_ratio * RECENT_STEPS)
-    if step < 1 or abs(step / RECENT_STEPS - params.recent_ratio) > 1e-9:
-        raise InputError(f"statistics.recent_ratio is {params.recent_ratio}, expected a multiple of {1 / RECENT_STEPS}")
-
     data = {name: tensor.numpy() for name, tensor in sums.tensors.items()}
     queries = data["queries"][:, None]  # [layer, 1]
     entropy = data["entropy"] / queries
@@ -155,13 +149,12 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
     near_sinks = sink_weight_nearby(data["early"], sinks) / queries[..., None]  # [layer, head, NEAR]
     sink = data["sinks"][..., :sinks].sum(-1) / queries
     local = relative[..., :window].sum(-1) - near_sinks[..., :window].sum(-1)
-    recent = data["recent"][..., step - 1] / queries
+    recent = data["recent"][..., params.recent_percent - 1] / queries
     far = relative - data["relative_sinks"] / queries[..., None]
     beyond = data["relative_tail"] / queries
     beyond_sinks = (data["sinks"].sum(-1) - data["relative_sinks"].sum(-1)) / queries
     tail = tail_bins(relative, beyond)
     tail_far = tail_bins(far, beyond - beyond_sinks)
-    without = relative[..., :NEAR] - near_sinks
 
     def listed(values: np.ndarray) -> list[float]:
         return [float(value) for value in np.clip(values, 0, 1)]
@@ -182,7 +175,7 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
             relative_position_dist=listed(relative[i, j, :NEAR]),
             normalized_entropy=float(normalized[i, j]),
             relative_position_tail=listed(tail[i, j]),
-            relative_without_sinks=listed(without[i, j]),
+            relative_without_sinks=listed(far[i, j, :NEAR]),
             tail_without_sinks=listed(tail_far[i, j]),
         )
 

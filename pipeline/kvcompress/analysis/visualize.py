@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from kvcompress.analysis.statistics import TAIL_EDGES, HeadStatistics
 from kvcompress.artifacts import atomic_path
 from kvcompress.heads import HeadClassification, HeadType, ModelInfo
-from kvcompress.params import ThresholdParams
+from kvcompress.params.analysis import ThresholdParams
 
 # class -> (colour, marker), in the order of every legend
 STYLE: dict[HeadType, tuple[str, str]] = {
@@ -37,13 +37,9 @@ Classes = Sequence[HeadClassification]
 
 
 def head_table(statistics: Heads, classes: Classes) -> pd.DataFrame:
-    """One row a head: layer, head, class and the statistics that figures and `dvc plots` draw."""
-    rows = []
-    for head, found in zip(statistics, classes, strict=True):
-        row = {"layer": head.layer_idx, "head": head.head_idx, "class": LABELS[found.head_type]}
-        row |= {"entropy": head.mean_entropy, "normalized_entropy": head.normalized_entropy}
-        rows.append({**row, **head.position_preference, "window": found.recommended_window})
-    return pd.DataFrame(rows)
+    """One row a head: its class and its entropy, as seaborn wants them."""
+    pairs = zip(statistics, classes, strict=True)
+    return pd.DataFrame([{"class": LABELS[found.head_type], "entropy": head.mean_entropy} for head, found in pairs])
 
 
 def present(classes: Classes) -> list[HeadType]:
@@ -147,9 +143,9 @@ def sink_ratio_analysis(info: ModelInfo, statistics: Heads, classes: Classes, bo
 
 
 def relative_position_by_type(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Attention against distance for each class: median over heads, quartiles shaded, sinks left out where known."""
+    """Attention against distance for each class: median over heads, quartiles shaded, the first keys left out."""
     clean = all(head.relative_without_sinks for head in statistics)
-    title = "Attention by distance to the query" + (", without the weight on sinks" if clean else "")
+    title = "Attention by distance to the query" + (", without the weight on the first 64 keys" if clean else "")
     figure, (axis,) = titled(info, 7.5, 4.8, title=title)
     edges = (*TAIL_EDGES, max(info.max_tokens or 0, 2 * TAIL_EDGES[-1]))
     for kind in present(classes):

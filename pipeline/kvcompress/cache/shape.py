@@ -26,7 +26,9 @@ class ModelShape:
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder model, expected a causal LM")
         config = config.get_text_config(decoder=True)
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+        if not isinstance(layers, int) or not isinstance(heads, int):
+            raise UnsupportedModelError(f"{config.model_type} does not describe its layers and attention heads")
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if getattr(config, "multi_query", False):
             kv_heads = 1

@@ -9,12 +9,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
-from kvcompress.evaluation.intervals import CONFIDENCE, Interval, paired_difference, wilson
+from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
 from kvcompress.evaluation.retrieval import Case, retrieve
 from kvcompress.evaluation.scoring import Documents, Score, score_contenders
-from kvcompress.params import AblationParams
-
-EQUAL = 0.01  # bytes may differ by this share and still count as equal
+from kvcompress.params.ablation import AblationParams
 
 
 def run_ablation(
@@ -66,7 +64,9 @@ def row(
         },
         "nll_over_full": rounded(paired_difference(score.nll, full.nll)),
         "seconds": round(score.seconds, 2),
-        "read": "real cache, content-dependent" if contender.plan is None else "real cache, streaming prefill",
+        "read": "real cache, keys ranked after every chunk"
+        if contender.plan is None
+        else "real cache, streaming prefill",
     }
     if contender.rival:
         rival = scores[contender.rival]
@@ -133,52 +133,3 @@ def environment(model: PreTrainedModel) -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def verdict(row: Mapping[str, Any]) -> str | None:
-    """One sentence: who wins at the same bytes, by how much, how surely; None without a rival."""
-    rival = row.get("rival")
-    if not rival:
-        return None
-    if abs(rival["bytes"] - 1) > EQUAL:
-        return f"{row['name']} and {rival['name']} are not comparable: bytes {rival['bytes']:.3f} to 1."
-    change = rival["nll_over_rival"]
-    ratio = row["perplexity"] / rival["perplexity"]
-    numbers = (
-        f"perplexity {row['perplexity']:.2f} against {rival['perplexity']:.2f} at {row['share']:.1%} of the full cache's "
-        f"bytes (ratio {ratio:.3f}; ΔNLL {change['mean']:+.4f}, {CONFIDENCE:.0%} interval {change['low']:+.4f} to "
-        f"{change['high']:+.4f})"
-    )
-    if change["low"] > 0:
-        return f"{row['name']} LOSES to {rival['name']}: {numbers}."
-    if change["high"] < 0:
-        return f"{row['name']} wins against {rival['name']}: {numbers}."
-    return f"{row['name']} and {rival['name']} cannot be told apart: {numbers}."
-
-
-def report(title: str, origin: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: what was run, the table, and the verdicts."""
-    tasks = list(rows[0]["retrieval"])
-    texts = list(rows[0]["texts"])
-    header = ["contender", "bytes", "mean MB", "peak MB", "perplexity", *texts, "accuracy", "KL", "ΔNLL to full (95 %)"]
-    header += [*tasks, "s"]
-    lines = [f"# {title}", "", origin, "", "| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    for row in rows:
-        change = row["nll_over_full"]
-        cells = [
-            row["name"],
-            f"{row['share']:.1%}",
-            f"{row['nbytes_mean'] / 1e6:.2f}",
-            f"{row['nbytes_peak'] / 1e6:.2f}",
-        ]
-        cells += [f"{row['perplexity']:.2f}", *(f"{row['texts'][text]['perplexity']:.2f}" for text in texts)]
-        cells += [f"{row['accuracy']:.1%}", f"{row['kl']:.4f}"]
-        cells += [f"{change['mean']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})"]
-        for task in tasks:
-            found = row["retrieval"][task]
-            cells.append(f"{found['correct']}/{found['total']} ({found['low']:.2f} … {found['high']:.2f})")
-        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
-    sentences = [sentence for row in rows if (sentence := verdict(row))]
-    if sentences:
-        lines += ["", "## At equal bytes", "", *(f"- {sentence}" for sentence in sentences)]
-    return "\n".join([*lines, ""])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import write_json
 from kvcompress.models import input_device, load_folder
-from kvcompress.params import LocalModel, ModelParams
+from kvcompress.params.model import LocalModel, ModelParams
 
 
 def load(folder: str, device: str, dtype: str) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import model_shape
-from kvcompress.params import AblationParams
+from kvcompress.params.ablation import AblationParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 

@@ -21,12 +21,12 @@ class Interval(NamedTuple):
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     """Mean of `first - second`, both `[document, token]` on the same tokens, by bootstrap over blocks of tokens.
 
-    Tokens of one text are not independent, so blocks of `BLOCK` consecutive tokens of a document are drawn, not tokens
+    Tokens of one text are not independent, so blocks of about `BLOCK` consecutive tokens of a document are drawn
     (Künsch 1989). Percentile bootstrap: scipy.stats.bootstrap.
     """
     difference = first - second
-    whole = difference.shape[1] // BLOCK * BLOCK  # a document's last, shorter block joins the mean but is not drawn
-    blocks = difference[:, :whole].reshape(-1, BLOCK).mean(-1)
+    pieces = np.array_split(difference, max(1, difference.shape[1] // BLOCK), axis=1)  # nearly equal lengths
+    blocks = np.concatenate([piece.mean(1) for piece in pieces])
     mean = float(difference.mean())
     if np.ptp(blocks) == 0:
         return Interval(mean, mean, mean)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.corpora import leading_tokens
 from kvcompress.errors import InputError
+from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import input_device
 
@@ -198,7 +199,7 @@ def retrieve(
                     if prefill == "exact":
                         cache = compressor.compress(full, config=model.config)
                     else:
-                        cache = compressor.new_cache(model.config, prefill="streaming")
+                        cache = streaming_cache(compressor, model)
                         for chunk in context.split(256, 1):
                             model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     logits = model(rest, past_key_values=cache, use_cache=True).logits[0]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.errors import InputError
-from kvcompress.methods.compressor import Compressor
+from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.models import input_device
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
@@ -56,6 +56,13 @@ class Score:
     def geometric_mean(self) -> float:
         """Geometric mean of the texts' perplexities: every text counts the same."""
         return float(np.exp(np.mean([self.mean("nll", text) for text in dict.fromkeys(self.texts)])))
+
+
+def streaming_cache(compressor: Compressor, model: PreTrainedModel) -> RaggedCache:
+    """A cache that never attends beyond what it holds; a method that ranks keys ranks them after every pass."""
+    if isinstance(compressor, PlanCompressor):
+        return compressor.new_cache(model.config, prefill="streaming")
+    return compressor.new_cache(model.config)
 
 
 def full_log_probs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -113,7 +120,7 @@ def score_contenders(
             for name, compressor in contenders.items():
                 start = time.perf_counter()
                 with compressor.attached(model):
-                    cache = compressor.new_cache(model.config, prefill="streaming")
+                    cache = streaming_cache(compressor, model)
                     arrays, held[name] = score_document(model, tokens, reference, cache, chunk_size)
                 seconds[name] += time.perf_counter() - start
                 peaks[name] = max(peaks[name], cache.peak_nbytes)

@@ -1,0 +1,117 @@
+"""Figures and plot data of the ablation: quality against bytes, and where in the context facts are still found."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from kvcompress.artifacts import atomic_path, write_json
+
+# Okabe and Ito's colours, and a marker each
+STYLE = {
+    "full": ("#000000", "*"),
+    "uniform sink + window": ("#0072B2", "o"),
+    "window only": ("#D55E00", "v"),
+    "class table": ("#009E73", "s"),
+    "random": ("#999999", "x"),
+    "inverted": ("#CC79A7", "+"),
+    "per layer": ("#E69F00", "D"),
+    "fix_size_l2": ("#56B4E9", "^"),
+    "l2_compress": ("#F0E442", "^"),
+}
+OTHER = ("#666666", ".")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def pareto_data(rows: Rows) -> list[dict[str, Any]]:
+    """One row a contender: bytes, perplexity and the bounds that the interval of ΔNLL to the full cache gives it."""
+    full = next(row for row in rows if row["family"] == "full")["perplexity"]
+    found = []
+    for row in sorted(rows, key=lambda row: (row["family"], row["share"])):
+        change = row["nll_over_full"]
+        bounds = {name: round(full * float(np.exp(change[name])), 4) for name in ("low", "high")}
+        found.append(
+            {"method": row["family"], "name": row["name"], "share": row["share"]}
+            | {"perplexity": row["perplexity"]}
+            | bounds
+        )
+    return found
+
+
+def retrieval_data(rows: Rows) -> list[dict[str, Any]]:
+    """One row a contender, task, length and depth: the share of cases answered."""
+    return [
+        {"name": row["name"], "task": task, "length": cell["length"], "depth": cell["depth"]}
+        | {"answered": round(cell["correct"] / cell["total"], 4), "cases": cell["total"]}
+        for row in rows
+        for task, result in row["retrieval"].items()
+        for cell in result["grid"]
+    ]
+
+
+def pareto_figure(rows: Rows, subtitle: str) -> Figure:
+    """Perplexity against bytes, one line a method, 95 % intervals of the difference to the full cache."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    data = pareto_data(rows)
+    for method in dict.fromkeys(row["method"] for row in data):
+        points = [row for row in data if row["method"] == method]
+        x, y = [100 * row["share"] for row in points], np.array([row["perplexity"] for row in points])
+        errors = np.abs(np.array([[row["low"], row["high"]] for row in points]).T - y)
+        colour, marker = STYLE.get(method, OTHER)
+        joined = method in ("uniform sink + window", "window only")
+        axis.errorbar(
+            x, y, errors, fmt=marker + ("-" if joined else ""), color=colour, ms=7, lw=1.2, capsize=3, label=method
+        )  # fmt: skip
+    full = next(row["perplexity"] for row in data if row["method"] == "full")
+    axis.axhline(full, color="0.6", lw=0.8, ls=":")
+    axis.set(xscale="log", yscale="log", xlabel="bytes held at the end of a document (% of the full cache)")
+    axis.set(ylabel="perplexity (log scale)")
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        which.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.set_xticks([3, 6.25, 12.5, 25, 50, 100], ["3", "6.25", "12.5", "25", "50", "100"])
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in (10, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000) if low <= tick <= high]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.grid(alpha=0.25, lw=0.5)
+    axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Quality against bytes\n{subtitle}", fontsize=11)
+    return figure
+
+
+def retrieval_figure(rows: Rows, subtitle: str) -> Figure:
+    """Share of facts found by depth, one line a contender, one panel a task; the full cache on top."""
+    tasks = list(rows[0]["retrieval"])
+    names = [row["name"] for row in rows]
+    depths = sorted({cell["depth"] for cell in rows[0]["retrieval"][tasks[0]]["grid"]})
+    figure = Figure(
+        figsize=(3 + 1.4 * len(tasks) + 0.35 * len(depths) * len(tasks), 1.6 + 0.26 * len(names)), layout="constrained"
+    )
+    axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        grid = np.zeros((len(names), len(depths)))
+        for i, row in enumerate(rows):
+            for j, depth in enumerate(depths):
+                cells = [cell for cell in row["retrieval"][task]["grid"] if cell["depth"] == depth]
+                grid[i, j] = sum(cell["correct"] for cell in cells) / sum(cell["total"] for cell in cells)
+        image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7, rotation=90)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(title=task, xlabel="depth of the fact")
+    figure.colorbar(image, ax=axes, label="share of facts found", pad=0.01)
+    figure.suptitle(f"Facts found after compression\n{subtitle}", fontsize=11)
+    return figure
+
+
+def save_ablation_plots(folder: Path, figures: Path, rows: Rows, subtitle: str, dpi: int) -> None:
+    """Write pareto.json and retrieval.json to `folder`, the PNGs to `figures`."""
+    write_json(folder / "pareto.json", pareto_data(rows))
+    write_json(folder / "retrieval.json", retrieval_data(rows))
+    for name, draw in (("pareto", pareto_figure), ("retrieval", retrieval_figure)):
+        with atomic_path(figures / f"{name}.png") as temporary:
+            draw(rows, subtitle).savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})

@@ -1,0 +1,82 @@
+"""The ablation in Markdown: what was run, the table, and in words who wins at equal bytes, how far and how surely."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvcompress.evaluation.intervals import CONFIDENCE
+
+EQUAL = 0.01  # bytes may differ by this share and still count as equal
+
+
+def verdict(row: Mapping[str, Any]) -> str | None:
+    """One sentence: who wins at the same bytes, by how much, how surely; None without a rival."""
+    rival = row.get("rival")
+    if not rival:
+        return None
+    if abs(rival["bytes"] - 1) > EQUAL:
+        return f"{row['name']} and {rival['name']} are not comparable: bytes {rival['bytes']:.3f} to 1."
+    change = rival["nll_over_rival"]
+    ratio = row["perplexity"] / rival["perplexity"]
+    numbers = (
+        f"perplexity {row['perplexity']:.2f} against {rival['perplexity']:.2f} at {row['share']:.1%} of the full cache's "
+        f"bytes (ratio {ratio:.3f}; ΔNLL {change['mean']:+.4f}, {CONFIDENCE:.0%} interval {change['low']:+.4f} to "
+        f"{change['high']:+.4f})"
+    )
+    if change["low"] > 0:
+        return f"{row['name']} LOSES to {rival['name']}: {numbers}."
+    if change["high"] < 0:
+        return f"{row['name']} wins against {rival['name']}: {numbers}."
+    return f"{row['name']} and {rival['name']} cannot be told apart: {numbers}."
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """Model, machine, text and protocol of one result, in sentences."""
+    where, settings = result["environment"], result["settings"]
+    unseen = ", so that compression never sees the question" if settings["retrieval_prefill"] == "exact" else ""
+    return (
+        f"{result['model']} on {where['device']}, {where['dtype']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}. Evaluation text only: {settings['documents_per_text']} documents of "
+        f"{settings['max_tokens']} tokens from each of {', '.join(result['texts'])}; streaming prefill in chunks of "
+        f"{settings['chunk_size']} tokens through the real cache, bytes counted in it. Retrieval: "
+        f"{settings['retrieval_prefill']} prefill{unseen}, contexts of "
+        f"{', '.join(map(str, settings['retrieval_lengths']))} tokens, exact match, Wilson intervals. ΔNLL: nats a "
+        f"token, paired bootstrap over blocks of text, {CONFIDENCE:.0%} intervals."
+    )
+
+
+def report(results: Sequence[Mapping[str, Any]]) -> str:
+    """All results as one page; each is `{"model", "texts", "environment", "settings", "rows"}`."""
+    lines = ["# Ablation", ""]
+    for result in results:
+        rows = result["rows"]
+        lines += [f"## {', '.join(dict.fromkeys(row['ablation'] for row in rows if row['ablation'] != 'all'))}", ""]
+        lines += [origin(result), "", *table(rows)]
+        sentences = [sentence for row in rows if (sentence := verdict(row))]
+        if sentences:
+            lines += ["", "At equal bytes:", "", *(f"- {sentence}" for sentence in sentences)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table, one line a contender."""
+    tasks, texts = list(rows[0]["retrieval"]), list(rows[0]["texts"])
+    header = ["contender", "bytes", "mean MB", "peak MB", "perplexity", *texts, "accuracy", "KL", "ΔNLL to full (95 %)"]
+    header += [*tasks, "s"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for row in rows:
+        change = row["nll_over_full"]
+        cells = [
+            row["name"],
+            f"{row['share']:.1%}",
+            f"{row['nbytes_mean'] / 1e6:.2f}",
+            f"{row['nbytes_peak'] / 1e6:.2f}",
+        ]
+        cells += [f"{row['perplexity']:.2f}", *(f"{row['texts'][text]['perplexity']:.2f}" for text in texts)]
+        cells += [f"{row['accuracy']:.1%}", f"{row['kl']:.4f}"]
+        cells += [f"{change['mean']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})"]
+        for task in tasks:
+            found = row["retrieval"][task]
+            cells.append(f"{found['correct']}/{found['total']} ({found['low']:.2f} … {found['high']:.2f})")
+        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+    return lines

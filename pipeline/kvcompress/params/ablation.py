@@ -1,0 +1,28 @@
+"""Section `ablation`: what methods are compared on."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvcompress.params.base import Count, SectionParams
+
+
+class AblationParams(SectionParams):
+    """What methods are compared on: documents of `max_tokens`, caches of `sizes` slots a head, facts to find.
+
+    Retrieval asks for a fact at `retrieval_depths` places of contexts of `retrieval_lengths` tokens, `retrieval_per_depth`
+    times for each task.
+    """
+
+    section = "ablation"
+
+    max_tokens: Annotated[int, Field(ge=64)] = 1024
+    documents_per_text: Count = 2
+    chunk_size: Count = 256
+    sizes: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=1)] = [64, 128, 256, 512]
+    sink_counts: Annotated[list[Annotated[int, Field(ge=0, le=15)]], Field(min_length=1)] = [0, 1, 2, 4, 8]
+    random_seeds: Count = 2
+    retrieval_lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [512, 1024]
+    retrieval_depths: Count = 5
+    retrieval_per_depth: Count = 1
+    retrieval_prefill: Literal["exact", "streaming"] = "exact"

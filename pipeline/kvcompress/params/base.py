@@ -1,0 +1,57 @@
+"""What all sections of `params.yaml` share: strictness, reading one section, overriding fields from flags."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvcompress.artifacts import read_text, validated
+from kvcompress.errors import InputError
+
+SECTIONS = ("model", "corpus", "collect", "statistics", "thresholds", "windows", "ablation", "plots")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Params(BaseModel):
+    """Base of all blocks: frozen, strict, nothing unknown, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class SectionParams(Params):
+    """A block that is a section of `params.yaml`, called `section` there."""
+
+    section: ClassVar[str]
+
+
+Section = TypeVar("Section", bound=SectionParams)
+
+
+def load_section(section: type[Section], path: str | Path = "params.yaml", **overrides: Any) -> Section:
+    """Read one section of `params.yaml`; `overrides` that are not None replace its fields.
+
+    Raises `InputError` where the file, a section's name, a field's name or a value is wrong.
+    """
+    name = section.section
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no sections, expected {', '.join(SECTIONS)}")
+    unknown = [str(key) for key in content if key not in SECTIONS]
+    if unknown:
+        raise InputError(f"{path}: there is no section {unknown[0]!r}, known are {', '.join(SECTIONS)}")
+    if name not in content:
+        raise InputError(f"{path}: the section {name!r} is missing")
+    return override(validated(lambda: section.model_validate(content[name]), f"{path}: {name}"), **overrides)
+
+
+def override(params: Section, **changes: Any) -> Section:
+    """The same section with the fields in `changes` that are not None replaced, and checked again."""
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return validated(lambda: type(params).model_validate({**params.model_dump(), **changes}), "command line")

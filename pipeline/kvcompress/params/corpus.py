@@ -1,0 +1,50 @@
+"""Section `corpus`: texts by name, and the share of each that may be looked at."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kvcompress.params.base import Count, Name, Params, SectionParams, Share
+from kvcompress.params.model import PackagedFile
+
+
+class DatasetText(Params):
+    """Text rows of a Hugging Face dataset, or of a folder that `datasets` can load; joined by blank lines."""
+
+    path: Name
+    name: Name | None = None
+    revision: Name | None = None
+    split: Name = "train"
+    column: Name = "text"
+    rows: Count = 1000
+
+
+class TextParams(Params):
+    """One named text. Its leading `calibration` share may be looked at; the rest is for evaluation alone."""
+
+    source: Literal["package", "stdlib", "file", "dataset"]
+    package: PackagedFile | None = None
+    stdlib: Name | None = None  # a module of the standard library whose `topics` are the text
+    file: Name | None = None
+    dataset: DatasetText | None = None
+    calibration: Share
+
+    @model_validator(mode="after")
+    def source_is_described(self) -> "TextParams":
+        if getattr(self, self.source) is None:
+            raise ValueError(f"source is {self.source}, but there is no {self.source} beside it")
+        return self
+
+
+class CorpusParams(SectionParams):
+    section = "corpus"
+
+    texts: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], TextParams], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def both_uses(self) -> "CorpusParams":
+        if all(text.calibration == 0 for text in self.texts.values()):
+            raise ValueError("no text has a calibration share above 0")
+        if all(text.calibration > 0 for text in self.texts.values()):
+            raise ValueError("every text has a calibration share; at least one must be for evaluation only (share 0)")
+        return self

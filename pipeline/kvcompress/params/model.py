@@ -1,0 +1,49 @@
+"""Sections `model` and, for what both share, files inside packages."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kvcompress.params.base import Name, Params, SectionParams
+
+
+class PackagedFile(Params):
+    """A file inside a package of the Python package index, pinned by version and hash."""
+
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    file: Name
+
+
+class PackagedModel(PackagedFile):
+    name: Name  # what the model is called in reports
+
+
+class HubModel(Params):
+    id: Name
+    revision: Name = "main"
+
+
+class LocalModel(Params):
+    path: Name
+
+
+class ModelParams(SectionParams):
+    """Which model, and how it is loaded. Only the block that `source` names is used."""
+
+    section = "model"
+
+    source: Literal["package", "hub", "local"]
+    package: PackagedModel | None = None
+    hub: HubModel | None = None
+    local: LocalModel | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Name = "auto"  # auto, cpu, cuda, cuda:1 ...
+    device_map: Name | None = None  # accelerate's placement for models larger than one device: auto, balanced ...
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def source_is_described(self) -> "ModelParams":
+        if getattr(self, self.source) is None:
+            raise ValueError(f"model.source is {self.source}, but there is no block model.{self.source}")
+        return self

@@ -1,0 +1,13 @@
+"""Section `plots`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kvcompress.params.base import SectionParams
+
+
+class PlotParams(SectionParams):
+    section = "plots"
+
+    dpi: Annotated[int, Field(ge=50, le=600)] = 150

@@ -1,0 +1,42 @@
+"""Report and figures of the ablation. Run: python -m stages.plot_ablation data/ablation_*.json"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.artifacts import read_json, write_json, write_text
+from kvcompress.errors import InputError
+from kvcompress.evaluation.ablation_plots import save_ablation_plots
+from kvcompress.evaluation.ablation_report import report
+from kvcompress.params.base import load_section
+from kvcompress.params.plots import PlotParams
+from stages.common import ParamsFile, ReportsDir, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    results: Annotated[list[Path], typer.Argument(help="Results of `stages.ablate --output`.")],
+    params: ParamsFile = Path("params.yaml"),
+    reports_dir: ReportsDir = Path("reports"),
+) -> None:
+    """Write ablation.md, ablation.json, plot data and figures to REPORTS_DIR."""
+    plots = load_section(PlotParams, params)
+    found = [read_json(path) for path in results]
+    for path, result in zip(results, found, strict=True):
+        if not isinstance(result, dict) or "rows" not in result:
+            raise InputError(f"{path} is not the result of an ablation: it has no rows")
+        if result["settings"] != found[0]["settings"] or result["model"] != found[0]["model"]:
+            raise InputError(f"{path} was made with another model or other settings than {results[0]}")
+    rows = list({row["name"]: row for result in found for row in result["rows"]}.values())
+    settings = found[0]["settings"]
+    subtitle = f"{found[0]['model']}, {rows[0]['tokens']} tokens in documents of {settings['max_tokens']}"
+    write_json(reports_dir / "ablation.json", found)
+    write_text(reports_dir / "ablation.md", report(found))
+    save_ablation_plots(reports_dir / "plots", reports_dir / "figures/ablation", rows, subtitle, plots.dpi)
+
+
+if __name__ == "__main__":
+    run(app)
