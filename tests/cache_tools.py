@@ -50,6 +50,17 @@ FAMILIES = {
     "mistral": lambda: MistralForCausalLM(
         MistralConfig(**_COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=SLIDING)
     ),
+    "qwen3_hybrid": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            **_COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=SLIDING,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kvcompress.cache import allocated_slots
-from kvcompress.cache.storage import STEP
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
@@ -59,12 +58,16 @@ def test_bytes_are_the_formula_and_the_real_storage(family, plan, batch):
             assert cache.nbytes == tensors_alive_in(cache) == cache.shared.meter.held
 
 
-def test_slots_beyond_the_plan_are_fewer_than_a_step_a_head():
+def test_slots_beyond_the_plan_are_few():
     for kept in (Retention(4, 8), Retention(0, 1), Retention(4, 3000), FULL):
-        for seen in range(1, 4 * STEP, 7):
-            assert kept.held(seen) <= allocated_slots(kept, seen) < kept.held(seen) + STEP
+        before = 0
+        for seen in range(20_000):
+            held, allocated = kept.held(seen), allocated_slots(kept, seen)
+            assert held <= allocated <= held + min(max(15, held / 16), 255)
+            assert allocated >= before  # storage grows and never shrinks
+            before = allocated
             if kept.capacity is not None and seen >= kept.capacity:
-                assert allocated_slots(kept, seen) == kept.capacity
+                assert allocated == kept.capacity
 
 
 def test_a_full_bounded_plan_holds_the_plans_own_bytes():
@@ -92,13 +95,13 @@ def test_the_peak_of_a_full_plan_counts_the_copy_that_growth_makes():
     compressor = compressor_for(model, "all_full")
     with compressor.attached(model):
         cache = compressor.new_cache(model.config)
-        feed(model, cache, tokens(1, STEP - 1), [STEP - 1])
-        small = cache.nbytes
-        assert cache.peak_nbytes == small
+        feed(model, cache, tokens(1, 256), [256])
+        before = cache.nbytes
+        assert cache.peak_nbytes == before == 2 * 4 * 12 * LAYERS * 256
         feed(model, cache, tokens(1, 2), [1])
-    assert cache.nbytes == 2 * small
-    one_layer = small // LAYERS
-    assert cache.peak_nbytes == 2 * small + one_layer  # the last layer held its old and its new block at once
+    assert cache.nbytes == before * 272 // 256
+    # The last layer to grow held its old and its new block at once.
+    assert cache.peak_nbytes == cache.nbytes + before // LAYERS
 
 
 def test_a_prompt_in_chunks_is_held_until_its_end_and_freed():

@@ -1,5 +1,7 @@
 """What transformers may do to a cache between passes: crop, reset, and exchanging rows of the batch."""
 
+import copy
+
 import pytest
 import torch
 
@@ -64,6 +66,30 @@ def test_what_was_not_overwritten_can_be_taken_back_without_a_record(model):
         assert (rest - feed(model, streaming(model, "all_full"), ids, [40])[:, 25:]).abs().max() < 1e-5
         cache.crop(10)  # a positive number is the length to crop to
         assert cache.get_seq_length() == 10
+
+
+def test_a_cache_cropped_to_nothing_takes_a_prompt_again(model):
+    with attached(model):
+        cache = compressor_for(model, "window_beyond_text").new_cache(model.config)
+        feed(model, cache, tokens(1, 30), [30])
+        cache.crop(-30)
+        again = feed(model, cache, tokens(1, 20, seed=4), [12, 1])
+        fresh = compressor_for(model, "window_beyond_text").new_cache(model.config)
+        assert (again - feed(model, fresh, tokens(1, 20, seed=4), [12, 1])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("plan", ["mixed", "all_full"])
+def test_a_copy_goes_its_own_way(model, plan):
+    ids, mask = padded(3, 40)
+    with attached(model):
+        cache = streaming(model, plan)
+        feed(model, cache, ids[:, :25], [25], mask[:, :25])
+        copied = copy.deepcopy(cache)
+        model(tokens(3, 9), past_key_values=cache, **inputs_for(torch.ones(3, 34).long() * mask[:, :34], 25, 34))
+        found = model(ids[:, 25:], past_key_values=copied, **inputs_for(mask, 25, 40)).logits
+        expected = feed(model, streaming(model, plan), ids, [40], mask)[:, 25:]
+    assert (found - expected).abs().max() < 1e-5
+    assert copied.nbytes == copied.shared.meter.held
 
 
 def test_a_crop_that_cannot_be_exact_is_refused_and_changes_nothing(model):

@@ -33,14 +33,27 @@ def test_plans_keep_their_share():
 
 def test_decode_cost_compares_every_plan(folder, tmp_path):
     output = tmp_path / "cost.json"
-    options = ["--random-weights", "--context", "40", "--batch", "1", "--batch", "2", "--rounds", "1"]
+    decode_cost.plan_of(model_of("llama").config, 40, 0.4, 0.0).save(tmp_path / "own.json")
+    options = [
+        "--plan",
+        str(tmp_path / "own.json"),
+        "--random-weights",
+        "--context",
+        "40",
+        "--batch",
+        "1",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+    ]
     done = run(decode_cost.app, [str(folder), *options, "--share", "1", "--share", "0.5", "--output", str(output)])
     assert done.exit_code == 0, done.output
     costs = json.loads(output.read_text())["costs"]
-    names = ["DynamicCache", "100% uniform", "50% uniform", "50%, 13% of heads full"]
+    names = ["DynamicCache", "100% uniform", "50% uniform", "50%, 13% of heads full", "own.json"]
     assert [(cost["contender"], cost["batch"]) for cost in costs] == [(name, b) for b in (1, 2) for name in names]
     assert all(cost["step_ms"] > 0 and cost["attention_ms"] > 0 for cost in costs)
-    assert all(cost["step_ratio"] == cost["attention_ratio"] == 1 for cost in costs[::4])
+    assert all(cost["step_ratio"] == cost["attention_ratio"] == 1 for cost in costs[::5])
 
 
 def test_decode_cost_ends_with_one_sentence(tmp_path, folder):

@@ -131,9 +131,9 @@ def test_selecting_methods_free_what_they_drop(model):
         cache = compressor.new_cache(model.config)
         feed(model, cache, tokens(1, 2000), [2000])
     a_slot = 2 * 4 * 8 * 3  # K and V, fp32, head size 8, three KV heads
-    assert cache.layers[0].nbytes == 256 * a_slot
+    assert cache.layers[0].nbytes == 112 * a_slot
     assert cache.layers[1].nbytes == 2048 * a_slot
-    assert cache.nbytes == cache.shared.meter.held == (256 + 2048) * a_slot
+    assert cache.nbytes == cache.shared.meter.held == (112 + 2048) * a_slot
 
 
 def test_selecting_methods_refuse_what_they_cannot_do(model):

@@ -83,7 +83,7 @@ def test_skipped_layers_stay_full_and_count():
     with compressor.attached(model):
         past = compressor.compress(model(tokens(1, 30), use_cache=True).past_key_values)
     assert past.held() == [[30] * 3, [7] * 3]
-    assert past.nbytes == 2 * 4 * 8 * 3 * (256 + 7)
+    assert past.nbytes == 2 * 4 * 8 * 3 * (32 + 7)
     assert compressor.get_compression_summary()["compressible_heads"] == 6
 
 

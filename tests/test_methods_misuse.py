@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, DynamicCache, EncoderDecoderCache, StaticCache, T5Config
+from transformers import (
+    BertConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    StaticCache,
+    T5Config,
+)
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
@@ -202,6 +210,16 @@ def test_models_without_an_ordinary_cache():
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UnsupportedModelError, match="layer 1 of bert is linear_attention"):
         compressor.new_cache(config)
+
+
+def test_attention_with_terms_of_its_own():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 96}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    compressor = StreamingLLMCompressor()
+    cache = compressor.new_cache(model.config)
+    with compressor.attached(model), pytest.raises(UnsupportedModelError, match="Gemma2Attention uses softcap"):
+        model(tokens(1, 5), past_key_values=cache)
 
 
 def plan_file(tmp_path, edit):

@@ -1,8 +1,8 @@
 """The judge: attention with every head's mask written out, in one pass over the whole text.
 
 Nothing is cached, nothing is clever: for every query and key it is asked whether the head may see that key, positions
-counted in real tokens, and a masked softmax follows in float32. What a compressed cache computes in however many passes
-has to agree with this to float rounding; a pruned head contributes exactly zero.
+counted in real tokens, and a masked softmax follows in float32 (float64 for a float64 model). What a compressed cache
+computes, in however many passes, has to agree with this to float rounding; a pruned head contributes exactly zero.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,15 +67,16 @@ def oracle_attention(
     positions = real.long().cumsum(-1) - 1
     in_prompt = torch.arange(length, device=query.device) < verdict.prompt_length
     out = torch.zeros(batch, query_heads, length, value.shape[-1], dtype=value.dtype, device=value.device)
+    exact = torch.promote_types(query.dtype, torch.float32)
     for head in range(query_heads):
         kv_head = head // (query_heads // key.shape[1])
         seen = head_mask(verdict.kept[kv_head], positions) | in_prompt[None, :, None]
         seen = seen & attention_mask[:, 0] & real[:, None, :]
-        scores = query[:, head].float() @ key[:, kv_head].float().transpose(1, 2)
+        scores = query[:, head].to(exact) @ key[:, kv_head].to(exact).transpose(1, 2)
         scores = scores * (size**-0.5 if scaling is None else scaling)
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
         weights = torch.where(seen, weights, 0.0)  # a query that sees nothing gets NaN from softmax, and shall get zero
-        out[:, head] = (weights @ value[:, kv_head].float()).to(value.dtype)
+        out[:, head] = (weights @ value[:, kv_head].to(exact)).to(value.dtype)
     return out.transpose(1, 2), None
 
 

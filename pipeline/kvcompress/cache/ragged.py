@@ -75,6 +75,11 @@ class RaggedLayer(CompressedLayer):
         self._store(keys, values)
         self.seen, self._in_prompt = first + keys.shape[2], False
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if not self.seen:
+            self._in_prompt = self.shared.prefill == "exact"
+
     def reset(self) -> None:
         super().reset()
         self._in_prompt = self.shared.prefill == "exact"

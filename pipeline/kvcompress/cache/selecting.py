@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.reading import Reading, read
-from kvcompress.cache.storage import STEP
+from kvcompress.cache.storage import LARGEST_STEP
 from kvcompress.errors import CacheUseError, UnsupportedModelError
 from kvcompress.retention import FULL
 
@@ -53,7 +53,7 @@ class SelectingLayer(CompressedLayer):
         if slots is None:
             return
         keys, values = (held.gather(2, slots[..., None].expand(-1, -1, -1, held.shape[-1])) for held in (keys, values))
-        self._block.replace(keys, values, spare=STEP)
+        self._block.replace(keys, values, spare=LARGEST_STEP)
 
     def can_crop(self, tokens: int) -> bool:
         return tokens == 0 or self.seen == self._block.seen  # once a key has been chosen away it cannot come back

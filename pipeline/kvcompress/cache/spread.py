@@ -9,8 +9,8 @@ that of plain attention, only in another order.
 import torch
 from torch import Tensor
 
-# Below this many slots the extra steps cost more than the idle core (measured on 2 cores: even at about 1,500).
-WORTHWHILE = 1500
+# Below this many slots the extra steps cost more than the idle core (measured on 2 cores: even at about 2,000).
+WORTHWHILE = 3000
 
 
 def parts_for(query: Tensor, keys: Tensor, filled: int) -> int:

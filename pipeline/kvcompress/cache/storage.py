@@ -1,9 +1,9 @@
 """Memory for K and V of some KV heads: two dense tensors that grow in steps, and an exact account of their bytes.
 
-Blocks are allocated in steps of `STEP` slots and never above what the heads may keep, so what is held is a formula of
-the plan and the tokens seen (`allocated_slots`): at most `STEP - 1` slots a head above the plan's own count. A step
-copies the block once every `STEP` tokens, which costs a decode step 1/256 of what its attention reads; `torch.cat` per
-token copies all of it every time.
+Blocks are allocated in steps and never above what the heads may keep, so what is held is a formula of the plan and the
+tokens seen (`allocated_slots`): above the plan's own count by at most 1/16, or 15 slots, and never by more than 255. A
+step copies the block; from 4,096 slots on that happens once every 256 tokens and costs a decode step 1/256 of what its
+attention reads, where `torch.cat` per token copies all of it every time.
 """
 
 from collections.abc import Iterable
@@ -13,12 +13,16 @@ from torch import Tensor
 
 from kvcompress.retention import Retention
 
-STEP = 256
+SMALLEST_STEP, LARGEST_STEP = 16, 256
 
 
 def allocated_slots(kept: Retention, seen: int) -> int:
-    """Slots that a head's storage has once `seen` tokens (columns, where padded) have been in it at most."""
-    whole = -(-seen // STEP) * STEP
+    """Slots that a head's storage has once `seen` tokens (columns, where padded) have been in it at most.
+
+    Up to the capacity, `seen` is rounded up to a multiple of a sixteenth of the power of two below it.
+    """
+    step = min(max(SMALLEST_STEP, 2 ** max(seen.bit_length() - 1, 0) // 16), LARGEST_STEP)
+    whole = -(-seen // step) * step
     return whole if kept.capacity is None else min(kept.capacity, whole)
 
 

@@ -166,6 +166,7 @@ def main(
     batch: Annotated[list[int], typer.Option(help="Sequences in the batch (repeatable).")] = [1],  # noqa: B006
     share: Annotated[list[float], typer.Option(help="Share of the slots kept (repeatable); 1 is all.")] = [1.0, 0.25],  # noqa: B006
     full_heads: Annotated[float, typer.Option(help="Part of the KV heads that stay full, in a second plan.")] = 0.13,
+    plan: Annotated[list[Path], typer.Option(help="A retention plan file to time as well (repeatable).")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every contender.")] = 15,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for torch's default.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -195,6 +196,7 @@ def main(
                 for part in share
                 if full_heads < part < 1
             }
+            plans |= {file.name: RetentionPlan.load(file) for file in plan}
             for rows in batch:
                 costs += measure(model, plans, tokens, rows, rounds)
     except (KVCompressError, OSError) as error:

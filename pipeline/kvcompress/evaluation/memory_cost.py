@@ -124,7 +124,7 @@ def soak(
             token = torch.multinomial(logits[0].softmax(-1), 1)
             if step >= 500 and step % (tokens // 10) == tokens // 10 - 1:
                 readings.append((step + 1, cache.nbytes, cache.peak_nbytes, resident_bytes()))
-    flat = all(held == peak == readings[0][1] for _, held, peak, _ in readings)
+    flat = len({(held, peak) for _, held, peak, _ in readings}) == 1
     drift = readings[-1][3] - readings[0][3]
     for step, held, _, rss in readings:
         typer.echo(f"{step:>7} tokens  cache {held:,} bytes  resident {rss / 1e6:,.1f} MB")
