@@ -65,7 +65,7 @@ class RaggedCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of the batch, -1 before the first token."""
-        like = self.compressed_layers[0]._like
+        like = self.compressed_layers[0].like
         return -1 if like is None else like[0]
 
     def crop(self, tokens_to_remove: int) -> None:
