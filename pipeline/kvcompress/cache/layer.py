@@ -62,7 +62,7 @@ class CompressedLayer(CacheLayerMixin):
         self.heads, self.shared, self.limit = heads, shared, limit
         self.seen = 0
         self._record_past = False
-        self._like: tuple[int, torch.dtype, torch.device] | None = None
+        self.like: tuple[int, torch.dtype, torch.device] | None = None
 
     @property
     @abstractmethod
@@ -110,12 +110,12 @@ class CompressedLayer(CacheLayerMixin):
         if heads != self.heads or query.shape[1] % heads:
             raise CacheUseError(f"this cache was made for {self.heads} KV heads a layer, the model has {heads}")
         like = (batch, keys.dtype, keys.device)
-        if self.seen and self._like not in (None, like):
-            assert self._like is not None
+        if self.seen and self.like not in (None, like):
+            assert self.like is not None
             raise CacheUseError(
-                "this cache holds batch {}, {} on {}, but got batch {}, {} on {}".format(*self._like, *like)
+                "this cache holds batch {}, {} on {}, but got batch {}, {} on {}".format(*self.like, *like)
             )
-        self._like = like
+        self.like = like
 
     # What transformers asks of a layer.
 
@@ -166,13 +166,13 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         for group in self.groups:
             group.reset()
-        self.seen, self._like, self.is_initialized = 0, None, False
+        self.seen, self.like, self.is_initialized = 0, None, False
 
     def select_rows(self, rows: Tensor) -> None:
         for group in self.groups:
             group.select_rows(rows)
-        if self._like is not None:
-            self._like = (rows.shape[0], *self._like[1:])
+        if self.like is not None:
+            self.like = (rows.shape[0], *self.like[1:])
 
     def offload(self) -> None:
         raise CacheUseError("a compressed cache cannot be offloaded")

@@ -68,7 +68,7 @@ class RaggedLayer(CompressedLayer):
         return isinstance(other, RaggedLayer) and self.kept == other.kept
 
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
-        self._like = (keys.shape[0], keys.dtype, keys.device)
+        self.like = (keys.shape[0], keys.dtype, keys.device)
         self.is_initialized = True
         for group in self._blocks:
             group.seen = first

@@ -65,7 +65,7 @@ class RaggedCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of the batch, -1 before the first token."""
-        like = self.compressed_layers[0]._like
+        like = self.compressed_layers[0].like
         return -1 if like is None else like[0]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -75,6 +75,7 @@ class RaggedCache(Cache):
         `activate_past_recording` (assisted decoding calls it) and the last crop. Raises `CacheUseError` otherwise, and
         leaves the cache as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if tokens > self.seen:
             raise CacheUseError(f"cannot take back {tokens} tokens, only {self.seen} were seen")

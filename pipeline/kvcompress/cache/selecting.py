@@ -40,7 +40,7 @@ class SelectingLayer(CompressedLayer):
 
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
         self._require_unpadded()
-        self._like = (keys.shape[0], keys.dtype, keys.device)
+        self.like = (keys.shape[0], keys.dtype, keys.device)
         self.is_initialized = True
         self._block.append(keys, values, self.shared.padding)
         self.seen = keys.shape[2]
