@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from kvcompress.errors import InputError
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan

@@ -21,7 +21,7 @@ from kvcompress.models import ModelShape, input_device, model_shape
 
 NAME = "kvcompress_observe"
 # device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches
-BLOCK_LIMITS = {"cpu": (2**20, 256), "cuda": (2**25, 4096)}
+BLOCK_LIMITS = {"cpu": (2**20, 256), "cuda": (2**24, 4096)}
 MASKED = torch.finfo(torch.float32).min  # finite, so that weight 0 times its logarithm is 0
 
 _active: ContextVar["AttentionObserver | None"] = ContextVar("kvcompress_observer", default=None)
