@@ -57,7 +57,7 @@ def test_a_passage_on_both_sides_is_found(tmp_path: Path) -> None:
     chinese = "".join(chr(0x4E00 + i * 7 % 5000) for i in range(8000))
     with pytest.raises(InputError, match="'two' repeats"):
         require_disjoint({"one": chinese}, {"two": chinese[2000:4000]})
-    for a, b in ((one[:90], one), (one, one[50:140])):  # shorter than an indexed run
+    for a, b in ((one[:150], one), (one, one[50:220])):  # shorter than an indexed run
         with pytest.raises(InputError, match="'two' repeats"):
             require_disjoint({"one": a}, {"two": b})
     with pytest.raises(InputError, match="must not overlap"):

@@ -21,7 +21,7 @@ from kvcompress.packages import fetch_packaged_file
 from kvcompress.params.corpus import CorpusParams, DatasetText, TextParams
 
 Split = Literal["calibration", "evaluation"]
-RUN = 120  # characters; a passage of 2 * RUN - 1 that stands in both parts is always found, a shorter one perhaps
+RUN = 200  # characters; a passage of 2 * RUN - 1 that stands in both parts is always found, a shorter one perhaps
 
 
 class TextRecord(BaseModel):

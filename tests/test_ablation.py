@@ -1,0 +1,96 @@
+"""The ablation end to end on a tiny model, and the words of its verdicts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcompress.analysis.classification import classify_heads
+from kvcompress.analysis.collect import collect_attention
+from kvcompress.analysis.statistics import compute_statistics
+from kvcompress.evaluation.ablation import metrics, run_ablation
+from kvcompress.evaluation.ablation_plots import pareto_data, save_ablation_plots
+from kvcompress.evaluation.ablation_report import report, verdict
+from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
+from kvcompress.evaluation.retrieval import make_cases
+from kvcompress.heads import save_classifications
+from kvcompress.params.ablation import AblationParams
+from kvcompress.params.analysis import StatisticsParams, ThresholdParams
+from tests.tiny import prose, tiny_model, tiny_tokenizer
+
+PARAMS = AblationParams(
+    max_tokens=128, sizes=[32, 64], sink_counts=[0, 2, 4], random_seeds=2, retrieval_lengths=[160], retrieval_depths=2
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer(prose(40, 1), return_tensors="pt").input_ids[0]
+    statistics = compute_statistics(collect_attention(model, [ids], progress=False), StatisticsParams())
+    # bounds that put some of a random model's heads in a bounded class
+    bounds = ThresholdParams(low_entropy=0.5, high_entropy=9.0, sink=sorted(h.sink_ratio for h in statistics)[4])
+    path = tmp_path_factory.mktemp("classes") / "classes.json"
+    save_classifications(path, classify_heads(statistics, bounds))
+    contenders = contenders_for(ABLATIONS, model.config, PARAMS, path)
+    documents = {
+        name: [tokenizer(prose(60, seed), return_tensors="pt").input_ids[0, :128]]
+        for name, seed in (("a", 5), ("b", 6))
+    }
+    cases = make_cases(tokenizer, {"a": prose(60, 7)}, PARAMS.retrieval_lengths, 2, 1)
+    return run_ablation(model, documents, cases, contenders, PARAMS)
+
+
+def test_rivals_have_equal_bytes_and_everyone_is_there(rows: list[dict[str, Any]]) -> None:
+    names = [row["name"] for row in rows]
+    assert names[0] == FULL_CACHE
+    assert len(set(names)) == len(names)
+    assert {"4 + 28", "0 + 32", "2 + 62", "class table", "random 1", "inverted", "per layer"} <= set(names)
+    with_rival = [row for row in rows if "rival" in row]
+    assert len(with_rival) >= 9
+    for row in with_rival:
+        assert row["rival"]["bytes"] == pytest.approx(1, abs=0.01), row["name"]
+        assert row["rival"]["name"] in names
+
+
+def test_rows_are_complete(rows: list[dict[str, Any]]) -> None:
+    full = rows[0]
+    assert full["share"] == 1
+    assert abs(full["kl"]) < 1e-6
+    for row in rows:
+        assert set(row["texts"]) == {"a", "b"}
+        assert row["tokens"] == 2 * 127
+        assert set(row["retrieval"]) == {"passkey", "needle", "lookup"}
+        assert all(result["total"] == 2 for result in row["retrieval"].values())
+        assert row["nbytes_peak"] >= row["nbytes_end"] > 0
+        assert row["nll_over_full"]["low"] <= row["nll_over_full"]["mean"] <= row["nll_over_full"]["high"]
+    small = next(row for row in rows if row["name"] == "4 + 28")
+    assert small["share"] == 0.25
+    assert small["after_eviction"]["first_query"] == 32
+
+
+def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:
+    change = {"mean": (low + high) / 2, "low": low, "high": high}
+    rival = {"name": "uniform", "bytes": nbytes, "perplexity": 10.0, "nll_over_rival": change}
+    return {"name": "mine", "share": 0.25, "perplexity": 9.0, "rival": rival}
+
+
+def test_verdicts_say_who_wins_and_admit_defeat() -> None:
+    assert "mine wins against uniform: perplexity 9.00 against 10.00 at 25.0%" in str(verdict(made_row(-0.2, -0.1)))
+    assert "mine LOSES to uniform" in str(verdict(made_row(0.1, 0.2)))
+    assert "cannot be told apart" in str(verdict(made_row(-0.1, 0.2)))
+    assert "not comparable: bytes 1.020 to 1" in str(verdict(made_row(-0.2, -0.1, 1.02)))
+    assert verdict({"name": "full"}) is None
+
+
+def test_report_and_plots(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    where = {"device": "d", "threads": 1, "dtype": "float32", "torch": "t", "transformers": "v"}
+    result = {"model": "m", "texts": ["a", "b"], "environment": where, "settings": PARAMS.model_dump(), "rows": rows}
+    text = report([result])
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 2
+    assert text.count("ΔNLL") >= 9
+    save_ablation_plots(tmp_path, tmp_path / "figures", rows, "tiny", 50)
+    assert json.loads((tmp_path / "pareto.json").read_text()) == pareto_data(rows)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"pareto.png", "retrieval.png"}
+    assert set(metrics(rows)) == {row["name"] for row in rows}
