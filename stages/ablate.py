@@ -10,6 +10,7 @@ from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation import environment, metrics, run_ablation
 from kvcompress.evaluation.ablation_report import report
+from kvcompress.evaluation.beyond import beyond_contenders, stream
 from kvcompress.evaluation.contenders import ABLATIONS, contenders_for
 from kvcompress.evaluation.retrieval import make_cases
 from kvcompress.models import ModelRecord, load_model, locate_model
@@ -64,6 +65,12 @@ def main(
     rows = run_ablation(model, batch, cases, contenders, settings)
     result: dict[str, Any] = {"model": record.id, "texts": list(texts), "environment": environment(model)}
     result |= {"settings": settings.model_dump(), "rows": rows}
+    if settings.beyond_tokens and "window_size" in chosen:
+        name, longest = max(texts.items(), key=lambda item: len(item[1]))
+        (tokens,) = documents(tokenizer, name, longest, settings.beyond_tokens, 1)
+        found = beyond_contenders(model.config, str(classes) if classes.is_file() else None, settings.sizes[-2])
+        result["beyond"] = {"text": name, "context": record.max_context}
+        result["beyond"]["rows"] = stream(model, tokens, found, settings.chunk_size)
     text = report([result])
     if output:
         write_json(output, result)

@@ -35,7 +35,9 @@ def main(
     subtitle = f"{found[0]['model']}, {rows[0]['tokens']} tokens in documents of {settings['max_tokens']}"
     write_json(reports_dir / "ablation.json", found)
     write_text(reports_dir / "ablation.md", report(found))
-    save_ablation_plots(reports_dir / "plots", reports_dir / "figures/ablation", rows, subtitle, plots.dpi)
+    beyond = next((result["beyond"] for result in found if "beyond" in result), None)
+    figures, model = reports_dir / "figures/ablation", found[0]["model"]
+    save_ablation_plots(reports_dir / "plots", figures, rows, subtitle, plots.dpi, beyond, model)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,39 @@ def retrieval_figure(rows: Rows, subtitle: str) -> Figure:
     return figure
 
 
-def save_ablation_plots(folder: Path, figures: Path, rows: Rows, subtitle: str, dpi: int) -> None:
+def beyond_figure(beyond: Mapping[str, Any], model: str) -> Figure:
+    """NLL per window against tokens streamed; the dotted line is the trained context."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    colours = [colour for colour, _ in STYLE.values()]
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in beyond["rows"])):
+        points = [row for row in beyond["rows"] if row["name"] == name]
+        axis.plot([row["tokens"] for row in points], [row["nll"] for row in points], color=colours[i + 1], label=name)
+    axis.axvline(beyond["context"], color="0.5", ls=":", lw=1)
+    axis.annotate("trained context", (beyond["context"], 1), (4, -10), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
+    axis.set(xlabel="tokens streamed", ylabel="NLL (nats a token, mean of 1,024)", xlim=(0, None))
+    axis.grid(alpha=0.25, lw=0.5)
+    axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Past the trained context\n{model}, {beyond['text']}", fontsize=11)
+    return figure
+
+
+def save_ablation_plots(
+    folder: Path,
+    figures: Path,
+    rows: Rows,
+    subtitle: str,
+    dpi: int,
+    beyond: Mapping[str, Any] | None = None,
+    model: str = "",
+) -> None:
     """Write pareto.json and retrieval.json to `folder`, the PNGs to `figures`."""
     write_json(folder / "pareto.json", pareto_data(rows))
     write_json(folder / "retrieval.json", retrieval_data(rows))
-    for name, draw in (("pareto", pareto_figure), ("retrieval", retrieval_figure)):
+    drawn = {"pareto": pareto_figure(rows, subtitle), "retrieval": retrieval_figure(rows, subtitle)}
+    if beyond:
+        drawn["beyond_context"] = beyond_figure(beyond, model)
+    for name, figure in drawn.items():
         with atomic_path(figures / f"{name}.png") as temporary:
-            draw(rows, subtitle).savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+            figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})

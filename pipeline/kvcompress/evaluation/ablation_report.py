@@ -1,6 +1,7 @@
 """The ablation in Markdown: what was run, the table, and in words who wins at equal bytes, how far and how surely."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from kvcompress.evaluation.intervals import CONFIDENCE
@@ -54,8 +55,27 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
         sentences = [sentence for row in rows if (sentence := verdict(row))]
         if sentences:
             lines += ["", "At equal bytes:", "", *(f"- {sentence}" for sentence in sentences)]
+        if "beyond" in result:
+            lines += ["", *beyond_lines(result["beyond"])]
         lines.append("")
     return "\n".join(lines)
+
+
+def beyond_lines(beyond: Mapping[str, Any]) -> list[str]:
+    """Mean NLL inside the trained context, and in the last quarter of the text beyond it."""
+    rows, context = beyond["rows"], beyond["context"]
+    last = max(row["tokens"] for row in rows)
+    lines = [
+        f"Past the trained context of {context} tokens ({beyond['text']}, {last} tokens streamed), NLL in nats:",
+        "",
+    ]
+    lines += ["| contender | inside the context | last quarter | MB at the end |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        inside = fmean(row["nll"] for row in mine if row["tokens"] <= context)
+        late = fmean(row["nll"] for row in mine if row["tokens"] > 0.75 * last)
+        lines.append(f"| {name} | {inside:.3f} | {late:.3f} | {mine[-1]['nbytes'] / 1e6:.1f} |")
+    return lines
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

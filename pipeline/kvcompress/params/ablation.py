@@ -11,7 +11,7 @@ class AblationParams(SectionParams):
     """What methods are compared on: documents of `max_tokens`, caches of `sizes` slots a head, facts to find.
 
     Retrieval asks for a fact at `retrieval_depths` places of contexts of `retrieval_lengths` tokens, `retrieval_per_depth`
-    times for each task.
+    times for each task. `beyond_tokens`: length of a text streamed past the trained context; 0 for none.
     """
 
     section = "ablation"
@@ -25,4 +25,5 @@ class AblationParams(SectionParams):
     retrieval_lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [512, 1024]
     retrieval_depths: Count = 5
     retrieval_per_depth: Count = 1
+    beyond_tokens: Annotated[int, Field(ge=0)] = 0
     retrieval_prefill: Literal["exact", "streaming"] = "exact"

@@ -1,0 +1,45 @@
+"""The central test on a GPU, in the precisions that models are served in."""
+
+import copy
+
+import pytest
+import torch
+
+from kvcompress.cache import judged
+from tests.cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, plan_for, real
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+LENGTH = 33
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_agrees_with_the_oracle(family, plan, dtype):
+    model = copy.deepcopy(model_of(family)).to("cuda", dtype)
+    ids, mask = (tensor.cuda() for tensor in padded(3, LENGTH))
+    with torch.inference_mode(), judged(model, plan_for(model, plan), "streaming"):
+        expected = real(model(ids, use_cache=False, **inputs_for(mask, 0, LENGTH)).logits, mask).float()
+    compressor = compressor_for(model, plan)
+    for chunks in ([LENGTH], [11, 9, 1, 8], [1]):
+        with torch.inference_mode(), compressor.attached(model):
+            cache = compressor.new_cache(model.config, prefill="streaming")
+            found = real(feed(model, cache, ids, chunks, mask), mask).float()
+        assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+
+
+def test_cuda_generates_as_the_cpu_does():
+    model = model_of("llama")
+    compressor = compressor_for(model, "mixed")
+    ids, mask = padded(3, 20)
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = copy.deepcopy(model).to(device)
+        with compressor.attached(moved):
+            cache = compressor.new_cache(moved.config)
+            out = moved.generate(
+                ids.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=24
+            )
+        found.append(out.cpu())
+    assert torch.equal(*found)
