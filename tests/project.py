@@ -29,18 +29,18 @@ def copy_project(folder: Path) -> Path:
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "inputs/*"))
         else:
             shutil.copy(source, target)
     (folder / "data").mkdir()
-    save_tiny("llama", folder / "models/tiny")
+    save_tiny("llama", folder / "inputs/tiny")
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["model"] |= {"source": "local", "local": {"path": "models/tiny"}}
+    params["model"] |= {"source": "local", "local": {"path": "inputs/tiny"}}
     texts = {"seen": 0.6, "unseen": 0.0}
     for i, name in enumerate(texts):
-        (folder / f"{name}.txt").write_text(prose(400, i))
+        (folder / f"inputs/{name}.txt").write_text(prose(400, i))
     params["corpus"]["texts"] = {
-        name: {"source": "file", "file": f"{name}.txt", "calibration": share} for name, share in texts.items()
+        name: {"source": "file", "file": f"inputs/{name}.txt", "calibration": share} for name, share in texts.items()
     }
     params["collect"] = {"max_tokens": 200, "chunk_size": 64, "documents_per_text": 2}
     params["ablation"] |= {"max_tokens": 128, "sizes": [32, 64], "sink_counts": [0, 4], "random_seeds": 1}

@@ -51,11 +51,11 @@ def test_flags_override_params_and_may_have_underscores(project: Path) -> None:
 
 def test_another_model_and_text_by_flag(project: Path) -> None:
     (project / "mine.txt").write_text(prose(200, 5))
-    refused = stage(project, "collect_attention", "--model-id", "models/tiny", check=False)
+    refused = stage(project, "collect_attention", "--model-id", "inputs/tiny", check=False)
     assert "--model-id needs --output-dir" in refused.stderr
     flags = [
         "--model-id",
-        "models/tiny",
+        "inputs/tiny",
         "--text",
         "mine.txt",
         "--max-tokens",
@@ -91,7 +91,7 @@ def test_without_the_flag_the_found_classes_are_validated(project: Path) -> None
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("prepare", ["--model-id", "models"], "model folder models has no config.json"),
+        ("prepare", ["--model-id", "inputs"], "model folder inputs has no config.json"),
         ("prepare", ["--params", "nowhere.yaml"], "cannot read nowhere.yaml"),
         ("prepare", ["--model-id", "./typo"], "--model-id is './typo', but there is no such folder"),
         (

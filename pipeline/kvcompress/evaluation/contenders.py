@@ -82,7 +82,7 @@ class Field:
             if sinks not in (0, 4):
                 name, plan = f"{sinks} + {middle - sinks}", self.uniform(sinks, middle - sinks)
                 rival = f"4 + {middle - 4}"
-                found.append(of_plan(name, f"{sinks} sinks + window", "sink_importance", plan, rival))
+                found.append(of_plan(name, "other sink counts", "sink_importance", plan, rival))
         return found
 
     def head_aware(self, classifications: str | Path, plans: Iterable[str | Path] = ()) -> list[Contender]:

@@ -99,9 +99,12 @@ def score_contenders(
     documents: Documents,
     contenders: Mapping[str, Compressor],
     chunk_size: int = 256,
+    rank_every: int = 64,
     progress: bool = True,
 ) -> dict[str, Score]:
     """Every contender's `Score` on all documents, streaming prefill in chunks of `chunk_size` tokens.
+
+    Methods that rank keys by content get `rank_every` tokens at a time: each of their passes sees itself in full.
 
     Documents are the outer loop, so that the full cache's distributions (`tokens x vocabulary` floats) exist for one at
     a time. Raises `InputError` where documents differ in length.
@@ -118,10 +121,11 @@ def score_contenders(
         for _, tokens in batch:
             reference = full_log_probs(model, tokens)
             for name, compressor in contenders.items():
+                size = chunk_size if isinstance(compressor, PlanCompressor) else min(rank_every, chunk_size)
                 start = time.perf_counter()
                 with compressor.attached(model):
                     cache = streaming_cache(compressor, model)
-                    arrays, held[name] = score_document(model, tokens, reference, cache, chunk_size)
+                    arrays, held[name] = score_document(model, tokens, reference, cache, size)
                 seconds[name] += time.perf_counter() - start
                 peaks[name] = max(peaks[name], cache.peak_nbytes)
                 for key, array in arrays.items():

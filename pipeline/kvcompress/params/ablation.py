@@ -10,6 +10,9 @@ from kvcompress.params.base import Count, SectionParams
 class AblationParams(SectionParams):
     """What methods are compared on: documents of `max_tokens`, caches of `sizes` slots a head, facts to find.
 
+    Documents are fed in chunks of `chunk_size`, which changes nothing for a plan. A method that ranks keys by content does
+    so after every pass and lets a pass see itself in full, so it is fed `rank_every` tokens at a time.
+
     Retrieval asks for a fact at `retrieval_depths` places of contexts of `retrieval_lengths` tokens, `retrieval_per_depth`
     times for each task. `beyond_tokens`: length of a text streamed past the trained context; 0 for none.
     """
@@ -19,6 +22,7 @@ class AblationParams(SectionParams):
     max_tokens: Annotated[int, Field(ge=64)] = 1024
     documents_per_text: Count = 2
     chunk_size: Count = 256
+    rank_every: Count = 64
     sizes: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=1)] = [64, 128, 256, 512]
     sink_counts: Annotated[list[Annotated[int, Field(ge=0, le=15)]], Field(min_length=1)] = [0, 1, 2, 4, 8]
     random_seeds: Count = 2

@@ -1,0 +1,36 @@
+"""The README's numbers are those of the committed report, and what it names exists."""
+
+import re
+
+import pytest
+
+from kvcompress.artifacts import read_json
+from kvcompress.errors import InputError
+from kvcompress.evaluation.readme import block, replaced
+from tests.project import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_current() -> None:
+    report = read_json(ROOT / "reports/devices/nvidia-h100/ablation.json")
+    assert replaced(README, block(report)) == README
+
+
+def test_marks_are_needed() -> None:
+    with pytest.raises(InputError, match="once each"):
+        replaced("nothing", "x")
+
+
+def test_files_that_it_links_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_modules_that_it_runs_exist() -> None:
+    modules = set(re.findall(r"python -m ([\w.]+)", README))
+    assert {"stages.collect_attention", "kvcompress.evaluation.decode_cost"} <= modules
+    for module in modules:
+        base = ROOT if module.startswith("stages") else ROOT / "pipeline"
+        assert (base / (module.replace(".", "/") + ".py")).is_file(), module
