@@ -28,7 +28,9 @@ def main(
     for path, result in zip(results, found, strict=True):
         if not isinstance(result, dict) or "rows" not in result:
             raise InputError(f"{path} is not the result of an ablation: it has no rows")
-        if result["settings"] != found[0]["settings"] or result["model"] != found[0]["model"]:
+        same = ("max_tokens", "documents_per_text", "retrieval_lengths", "retrieval_depths", "retrieval_per_depth")
+        mine, first = result["settings"], found[0]["settings"]
+        if result["model"] != found[0]["model"] or any(mine[name] != first[name] for name in same):
             raise InputError(f"{path} was made with another model or other settings than {results[0]}")
     rows = list({row["name"]: row for result in found for row in result["rows"]}.values())
     settings = found[0]["settings"]

@@ -48,6 +48,9 @@ class HeadClassification:
     use_full_cache: bool = True
     compression_strategy: Annotated[Strategy, BeforeValidator(_full_for_none)] = "full"
 
+    def __post_init__(self) -> None:
+        self.config  # noqa: B018 (raises where strategy and window contradict)
+
     @property
     def config(self) -> HeadCompressionConfig:
         """The same wish in the words of a retention plan."""

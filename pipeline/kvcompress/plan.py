@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kvcompress.artifacts import read_model, write_text
 from kvcompress.errors import InputError
-from kvcompress.retention import HeadCompressionConfig, Retention, Strategy, require_each_once
+from kvcompress.retention import HeadCompressionConfig, Retention, Strategy, require_each_once, require_possible
 
 SCHEMA = 1
 
@@ -41,6 +41,11 @@ class PlanHead(BaseModel):
     strategy: Strategy
     sink_size: int = Field(ge=0)
     window_size: int = Field(ge=-1)
+
+    @model_validator(mode="after")
+    def possible(self) -> "PlanHead":
+        self.config  # noqa: B018 (raises where strategy and window contradict)
+        return self
 
     @property
     def config(self) -> HeadCompressionConfig:
@@ -88,6 +93,7 @@ class RetentionPlan:
     def __post_init__(self) -> None:
         if not self.layers or len({len(layer) for layer in self.layers}) != 1 or not self.layers[0]:
             raise InputError("a plan needs at least one layer, and the same number of KV heads in every layer")
+        require_possible(self.layers)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"{self.num_attention_heads} query heads cannot be shared by {self.num_key_value_heads} KV heads"

@@ -34,7 +34,7 @@ class Retention(NamedTuple):
     @property
     def capacity(self) -> int | None:
         """Most slots this head ever holds; None where it grows with the text."""
-        return None if self.unbounded else self.sinks + self.window
+        return None if self.unbounded else 0 if self.pruned else self.sinks + self.window
 
     def held(self, seen: int) -> int:
         """Slots held after `seen` tokens."""
@@ -45,6 +45,8 @@ class Retention(NamedTuple):
         """Positions held after `seen` tokens, in order: what the next query finds before its own key is added."""
         if self.unbounded:
             return list(range(seen))
+        if self.pruned:
+            return []
         recent = max(seen - self.window, 0)
         return [*range(min(self.sinks, recent)), *range(recent, seen)]
 
@@ -53,6 +55,17 @@ class Retention(NamedTuple):
         if key > query or self.pruned:
             return False
         return self.unbounded or key < self.sinks or key > query - self.window
+
+
+def require_possible(layers: Iterable[Iterable[Retention]]) -> None:
+    """Raise `InputError` that names the first head whose numbers mean nothing."""
+    for i, layer in enumerate(layers):
+        for j, kept in enumerate(layer):
+            if kept.sinks < 0 or kept.window < UNBOUNDED or (kept.pruned and kept.sinks):
+                raise InputError(
+                    f"layer {i}, head {j}: {kept.sinks} sinks and a window of {kept.window} mean nothing; expected sinks "
+                    "of at least 0 and a window of at least 1, -1 for no bound, or 0 with no sinks for a pruned head"
+                )
 
 
 FULL = Retention(0, UNBOUNDED)

@@ -7,8 +7,11 @@ transformers would build no mask and padding would go unseen. Given anything but
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -44,10 +47,12 @@ def compressed_attention(
     for term in UNKNOWN_TERMS:
         if kwargs.get(term) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {term} in its attention, which is not supported")
+    if query.requires_grad and module.training and torch.is_grad_enabled():
+        raise CacheUseError("a compressed cache is for inference: call model.eval(), gradients do not flow through it")
     layer = key.layer
-    if layer.limit is None:
+    if layer.limit is None and kwargs.get("sliding_window") is not None:
         # A cache converted without the model's config learns of the model's sliding window here.
-        layer.limit = kwargs.get("sliding_window")
+        layer.learn_limit(kwargs["sliding_window"])
     return layer.attend(query, key.keys, key.values, scaling, dropout), None
 
 
@@ -81,21 +86,32 @@ AttentionInterface.register(NAME, compressed_attention)
 AttentionMaskInterface.register(NAME, compressed_mask)
 
 
+# How many contexts a model is attached in, and the attention it had before the first of them.
+_ATTACHED: "WeakKeyDictionary[PreTrainedModel, tuple[int, str]]" = WeakKeyDictionary()
+_LOCK = Lock()
+
+
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Let `model` read compressed caches inside this context; its own attention comes back on exit and on exception.
 
-    Re-entrant, and any number of models can be attached at once. Raises `UnsupportedModelError` for a model whose
-    attention cannot be replaced.
+    Re-entrant, also across threads and in any order of exits; any number of models can be attached at once. Raises
+    `UnsupportedModelError` for a model whose attention cannot be replaced.
     """
-    before = model.config._attn_implementation
-    if before != NAME:
-        use_attention(model, NAME)
+    with _LOCK:
+        users, before = _ATTACHED.get(model, (0, model.config._attn_implementation))
+        if not users:
+            use_attention(model, NAME)
+        _ATTACHED[model] = users + 1, before
     try:
         yield model
     finally:
-        if model.config._attn_implementation != before:
-            use_attention(model, before)
+        with _LOCK:
+            users, before = _ATTACHED.pop(model)
+            if users > 1:
+                _ATTACHED[model] = users - 1, before
+            elif model.config._attn_implementation != before:
+                use_attention(model, before)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:

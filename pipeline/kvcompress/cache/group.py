@@ -20,6 +20,8 @@ from kvcompress.cache.storage import Block, Meter, allocated_slots, storage_byte
 from kvcompress.errors import CacheUseError
 from kvcompress.retention import Retention
 
+RECORDED = 512  # columns that can be taken back at most: decoding that goes on without a crop must not grow
+
 
 @dataclass
 class Overwritten:
@@ -86,6 +88,8 @@ class Group:
         if self.recording and end > self.capacity:
             columns = range(max(first, self.capacity), end)
             self._log.append(Overwritten(columns.start, self.block.take([self._slot(column) for column in columns])))
+            while end - self._log[0].start - self._log[0].block.slots > RECORDED:
+                self._log.pop(0).block.free()
         slot = self._slot(first)
         room = sinks + window - slot
         if end - first <= room:

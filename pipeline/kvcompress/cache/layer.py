@@ -68,6 +68,10 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def groups(self) -> list[Group]: ...
 
+    def _all_groups(self) -> list[Group]:
+        """Also those that hold nothing now."""
+        return self.groups
+
     @abstractmethod
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
         """Shapes as in `reading`; counts `seen` up."""
@@ -79,6 +83,10 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def keeps_like(self, other: "CompressedLayer") -> bool:
         """Whether another layer keeps by the same rule."""
+
+    def learn_limit(self, limit: int) -> None:
+        """Hear of the model's own sliding window only with the first pass."""
+        self.limit = limit
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +155,7 @@ class CompressedLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, record: bool) -> None:
         self._record_past = record
-        for group in self.groups:
+        for group in self._all_groups():
             group.recording = record
 
     def activate_past_recording(self) -> None:
@@ -164,6 +172,7 @@ class CompressedLayer(CacheLayerMixin):
         self.seen -= tokens
 
     def reset(self) -> None:
+        self.record_past = False
         for group in self.groups:
             group.reset()
         self.seen, self.like, self.is_initialized = 0, None, False

@@ -38,6 +38,7 @@ class RaggedLayer(CompressedLayer):
 
     def __init__(self, kept: Sequence[Retention], shared: Shared, limit: int | None = None) -> None:
         super().__init__(len(kept), shared, limit)
+        self.wanted = list(kept)
         self.kept = [clipped(head, limit) for head in kept]
         alike: dict[Retention, list[int]] = {}
         for head, keeps in enumerate(self.kept):
@@ -52,6 +53,10 @@ class RaggedLayer(CompressedLayer):
 
     @property
     def groups(self) -> list[Group]:
+        """Where keys are now: the staged prompt until it is complete, the heads' own blocks from then on."""
+        return [self._prompt] if self._prompt is not None and self._in_prompt else self._blocks
+
+    def _all_groups(self) -> list[Group]:
         return [*self._blocks, *([self._prompt] if self._prompt else [])]
 
     def positions(self, row: int = 0) -> list[list[int]]:
@@ -65,7 +70,7 @@ class RaggedLayer(CompressedLayer):
         return positions
 
     def keeps_like(self, other: CompressedLayer) -> bool:
-        return isinstance(other, RaggedLayer) and self.kept == other.kept
+        return isinstance(other, RaggedLayer) and self.wanted == other.wanted
 
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
         self.like = (keys.shape[0], keys.dtype, keys.device)
@@ -82,9 +87,16 @@ class RaggedLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
+        for group in self._all_groups():
+            group.reset()
         self._in_prompt = self.shared.prefill == "exact"
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        left = (self.shared.prompt_length or 0) - self.seen
+        if self._in_prompt and 0 < left < keys.shape[2]:  # the prompt ends within this pass
+            head = query[:, :, :, :left], keys[:, :, :left], values[:, :, :left]
+            tail = query[:, :, :, left:], keys[:, :, left:], values[:, :, left:]
+            return torch.cat([self._attend(*part, reading) for part in (head, tail)], dim=3)
         if self._in_prompt:
             out = self._attend_prompt(query, keys, values, reading)
         elif self._whole:

@@ -18,9 +18,10 @@ class RaggedCache(Cache):
     `CacheUseError`. For inference: gradients do not flow through what is held.
     """
 
-    def __init__(self, layers: Sequence[CompressedLayer], shared: Shared) -> None:
+    def __init__(self, layers: Sequence[CompressedLayer], shared: Shared, maker: object = None) -> None:
         super().__init__(layers=list(layers))
         self.shared = shared
+        self.maker = maker  # the compressor that made it, which need not ask again whether it did
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -79,6 +80,9 @@ class RaggedCache(Cache):
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if tokens > self.seen:
             raise CacheUseError(f"cannot take back {tokens} tokens, only {self.seen} were seen")
+        if tokens == self.seen:
+            self.reset()  # nothing is left, and the next prompt may have another batch
+            return
         for index, layer in enumerate(self.compressed_layers):
             if not layer.can_crop(tokens):
                 raise CacheUseError(

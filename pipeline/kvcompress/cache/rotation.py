@@ -14,9 +14,7 @@ from torch import Tensor
 from kvcompress.errors import UnsupportedModelError
 
 # Model types whose keys reach the cache rotated in the half-split layout; others interleave or do not rotate.
-HALF_SPLIT = frozenset(
-    ("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm")
-)
+HALF_SPLIT = frozenset(("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "stablelm"))
 
 
 class Rotation:

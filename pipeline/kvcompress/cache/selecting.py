@@ -23,13 +23,16 @@ class SelectingLayer(CompressedLayer):
     """`heads` KV heads whose keys are chosen by `choose`; no left padding and no sliding window of the model's own."""
 
     def __init__(self, heads: int, shared: Shared, choose: Chooser, limit: int | None = None) -> None:
-        if limit is not None:
-            raise UnsupportedModelError(
-                f"keys chosen by content have no order to which this model's sliding window of {limit} could apply"
-            )
         super().__init__(heads, shared)
+        if limit is not None:
+            self.learn_limit(limit)
         self.choose = choose
         self._block = Group(FULL, range(heads), shared.meter)
+
+    def learn_limit(self, limit: int) -> None:
+        raise UnsupportedModelError(
+            f"keys chosen by content have no order to which this model's sliding window of {limit} could apply"
+        )
 
     @property
     def groups(self) -> list[Group]:

@@ -26,6 +26,10 @@ class ModelShape:
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder model, expected a causal LM")
         config = config.get_text_config(decoder=True)
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(
+                f"{config.model_type} lets {config.num_kv_shared_layers} layers read other layers' keys: not supported"
+            )
         layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
         if not isinstance(layers, int) or not isinstance(heads, int):
             raise UnsupportedModelError(f"{config.model_type} does not describe its layers and attention heads")

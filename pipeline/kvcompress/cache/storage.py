@@ -63,7 +63,8 @@ class Block:
         for i, like in enumerate((keys, values)):
             batch, heads, _, size = like.shape
             # Zeros: a slot that a mask hides still enters the sum with weight 0, and 0 times garbage may be NaN.
-            room = torch.zeros(batch, heads, slots, size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # made in inference mode, it could be written nowhere else
+                room = torch.zeros(batch, heads, slots, size, dtype=like.dtype, device=like.device)
             self.meter.change(storage_bytes([room]))
             if self._pair:
                 room.narrow(2, 0, self.slots).copy_(self._pair[i])
@@ -96,7 +97,8 @@ class Block:
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by the rows at these indices, `[new batch]`."""
         if self._pair:
-            selected = [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._pair]
+            with torch.inference_mode(False):
+                selected = [tensor.index_select(0, rows.to(tensor.device).clone()) for tensor in self._pair]
             self.meter.change(storage_bytes(selected))
             self.free()
             self._pair = (selected[0], selected[1])

@@ -65,7 +65,8 @@ class Compressor(ABC):
         `CacheUseError` for any other kind of cache, `InputError` for one of another architecture.
         """
         if isinstance(past_key_values, RaggedCache):
-            self._require_own(past_key_values)
+            if past_key_values.maker is not self:
+                self._require_own(past_key_values)
             return past_key_values
         if config is None and self.positions == "cache":
             raise InputError('positions="cache" has to know the rotary embedding: pass config=model.config to compress')
@@ -88,7 +89,7 @@ class Compressor(ABC):
         for layer in self.skip_layers:
             if not 0 <= layer < shape.layers:
                 raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {shape.layers - 1}")
-        return RaggedCache(self.layers(shape, shared), shared)
+        return RaggedCache(self.layers(shape, shared), shared, maker=self)
 
     def _rotation(self, config: Any) -> Rotation | None:
         return Rotation.of(config) if self.positions == "cache" else None

@@ -7,6 +7,7 @@ that contains them all.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
 from kvcompress.methods.compressor import PlanCompressor
 from kvcompress.plan import RetentionPlan
-from kvcompress.retention import JOINS, UNBOUNDED, HeadCompressionConfig, Retention, join_query_heads
+from kvcompress.retention import JOINS, UNBOUNDED, HeadCompressionConfig, Retention, join_query_heads, require_possible
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
 
 
 class HeadAwareCompressor(PlanCompressor):
     """`wishes[layer][head]`: query heads where `query_heads`, else KV heads, which are used as they are.
+
+    `made_for`: the number of query heads of the model that KV heads' wishes were made for, None for any.
 
     `join` names the rule for the query heads of one KV head ("union" or "intersection"). `skip_layers` stay full.
     Raises `InputError` for layers of unequal width or an unknown rule.
@@ -36,13 +39,16 @@ class HeadAwareCompressor(PlanCompressor):
         query_heads: bool = True,
         join: str = "union",
         skip_layers: Iterable[int] = (),
+        made_for: int | None = None,
     ) -> None:
         super().__init__(skip_layers)
         if not wishes or len({len(layer) for layer in wishes}) != 1:
             raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
         if join not in JOINS:
             raise InputError(f"unknown rule {join!r} for joining query heads, expected one of {', '.join(JOINS)}")
+        require_possible(wishes)
         self.wishes = tuple(tuple(layer) for layer in wishes)
+        self.made_for = made_for
         self.query_heads, self.join = query_heads, join
 
     @classmethod
@@ -57,7 +63,7 @@ class HeadAwareCompressor(PlanCompressor):
     def from_plan(cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = ()) -> "HeadAwareCompressor":
         """From a retention plan or its file. Raises `InputError`."""
         plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
-        return cls(plan.layers, query_heads=False, skip_layers=skip_layers)
+        return cls(plan.layers, query_heads=False, skip_layers=skip_layers, made_for=plan.num_attention_heads)
 
     @classmethod
     def from_model_config(
@@ -80,6 +86,10 @@ class HeadAwareCompressor(PlanCompressor):
         if not self.query_heads:
             if width != shape.kv_heads:
                 raise InputError(f"this compressor is made for {width} KV heads a layer, not {shape.kv_heads}")
+            if None not in (self.made_for, shape.query_heads) and self.made_for != shape.query_heads:
+                raise InputError(
+                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.query_heads}"
+                )
             return self.wishes
         if shape.query_heads not in (None, width):
             raise InputError(f"this compressor is made for {width} query heads a layer, not {shape.query_heads}")
@@ -107,6 +117,11 @@ class HeadAwareCompressor(PlanCompressor):
         }
 
 
+@lru_cache(maxsize=8)  # a generation loop passes the same path at every token
+def _of_classifications(path: str, modified: int, skip_layers: tuple[int, ...]) -> HeadAwareCompressor:
+    return HeadAwareCompressor.from_classifications(path, skip_layers=skip_layers)
+
+
 def head_aware_compress(
     past_key_values: Cache,
     classifications_path: str | Path | None = None,
@@ -123,7 +138,8 @@ def head_aware_compress(
     idle. The result is read by a model inside `attached`. Raises `InputError` and `CacheUseError` as `compress` does.
     """
     if compressor is None and classifications_path is not None:
-        compressor = HeadAwareCompressor.from_classifications(classifications_path, skip_layers=skip_layers)
+        modified = Path(classifications_path).stat().st_mtime_ns if Path(classifications_path).is_file() else 0
+        compressor = _of_classifications(str(classifications_path), modified, tuple(skip_layers))
     if compressor is None:
         uniform = HeadCompressionConfig(0, 0, "sink_window", True, default_sink_size, default_window_size).retention
         compressor = HeadAwareCompressor([[uniform] * num_heads] * num_layers, skip_layers=skip_layers)

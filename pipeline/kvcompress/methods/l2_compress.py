@@ -25,7 +25,7 @@ class SmallestNorms:
 
     def __call__(self, keys: Tensor) -> Tensor | None:
         held = keys.shape[2]
-        kept = math.ceil(self.keep_ratio * held - 1e-9)  # 0.1 * 30 is a hair above 3 in binary
+        kept = math.ceil(self.keep_ratio * held - 1e-9)  # 0.07 * 100 is a hair above 7 in binary
         if held <= self.prune_after or kept >= held:
             return None
         return keys.float().norm(dim=-1).topk(kept, largest=False).indices.sort().values
