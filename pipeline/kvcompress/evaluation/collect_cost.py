@@ -2,8 +2,9 @@
 
 Run: python -m kvcompress.evaluation.collect_cost data/model
 
-Time: plain SDPA forward passes over the decoder (without its output layer) and observed ones alternate in one process;
-the ratio of medians is what to quote. Memory: each run is a fresh process whose peak is compared with the plain one's.
+Time: three ways over the same tokens alternate in one process: the decoder (without its output layer) with SDPA, whole;
+the same in chunks with a KV cache; and observed, in the same chunks. The ratios are of medians, observed to each of the
+plain ones. Memory: each way in a fresh process, its peak beyond the loaded model.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import write_json
@@ -37,37 +38,43 @@ def random_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
 
 
-def forward(model: PreTrainedModel, tokens: torch.Tensor, chunk_size: int | None) -> None:
-    """One pass over `tokens`: plain (None) or observed in chunks."""
-    if chunk_size is None:
-        with torch.inference_mode():
-            model.base_model(tokens[None].to(input_device(model)), use_cache=False)
-    else:
+WAYS = ("plain", "chunked", "observed")
+
+
+def forward(model: PreTrainedModel, tokens: torch.Tensor, way: str, chunk_size: int) -> None:
+    """One pass over `tokens`: plain (whole), chunked (plain, with a KV cache) or observed in the same chunks."""
+    if way == "observed":
         collect_attention(model, [tokens], chunk_size, progress=False)
+        return
+    cache = DynamicCache() if way == "chunked" else None
+    size = chunk_size if way == "chunked" else len(tokens)
+    with torch.inference_mode():
+        for chunk in tokens.to(input_device(model)).split(size):
+            model.base_model(chunk[None], past_key_values=cache, use_cache=cache is not None)
 
 
-def seconds(model: PreTrainedModel, tokens: torch.Tensor, chunk_size: int | None) -> float:
+def seconds(model: PreTrainedModel, tokens: torch.Tensor, way: str, chunk_size: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    forward(model, tokens, chunk_size)
+    forward(model, tokens, way, chunk_size)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak_bytes(folder: str, device: str, dtype: str, length: int, chunk_size: int | None) -> int:
+def peak_bytes(folder: str, device: str, dtype: str, length: int, way: str, chunk_size: int) -> int:
     """Peak memory of a pass beyond the loaded model: of the CUDA allocator, or of this (fresh) process."""
     model = load(folder, device, dtype)
-    forward(model, random_tokens(model, 64), chunk_size)  # one-time costs of the libraries
+    forward(model, random_tokens(model, 64), way, chunk_size)  # one-time costs of the libraries
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward(model, random_tokens(model, length), chunk_size)
+        forward(model, random_tokens(model, length), way, chunk_size)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident set (Linux)
     before = resident("VmRSS")
-    forward(model, random_tokens(model, length), chunk_size)
+    forward(model, random_tokens(model, length), way, chunk_size)
     return resident("VmHWM") - before
 
 
@@ -97,16 +104,17 @@ def main(
     rows = []
     for length in map(int, lengths.split(",")):
         tokens = random_tokens(loaded, length)
-        times: dict[str, list[float]] = {"plain": [], "observed": []}
-        seconds(loaded, tokens[:64], None), seconds(loaded, tokens[:64], chunk_size)
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        for way in WAYS:
+            seconds(loaded, tokens[:64], way, chunk_size)
         for _ in range(repeats):
-            times["plain"].append(seconds(loaded, tokens, None))
-            times["observed"].append(seconds(loaded, tokens, chunk_size))
-        plain, observed = (statistics.median(values) for values in times.values())
-        memory = [in_fresh_process(str(model), device, dtype, length, size) / 1e6 for size in (None, chunk_size)]
-        row = {"tokens": length, "plain_s": round(plain, 3), "observed_s": round(observed, 3)}
-        row |= {"ratio": round(observed / plain, 3), "plain_mb": round(memory[0]), "observed_mb": round(memory[1])}
-        rows.append({**row, "extra_mb": round(memory[1] - memory[0])})
+            for way in WAYS:
+                times[way].append(seconds(loaded, tokens, way, chunk_size))
+        median = {way: statistics.median(values) for way, values in times.items()}
+        memory = {way: in_fresh_process(str(model), device, dtype, length, way, chunk_size) / 1e6 for way in WAYS}
+        row: dict[str, float] = {"tokens": length} | {f"{way}_s": round(median[way], 3) for way in WAYS}
+        row |= {f"to_{way}": round(median["observed"] / median[way], 3) for way in WAYS[:2]}
+        rows.append(row | {f"{way}_mb": round(memory[way]) for way in WAYS})
     table = Table(title=f"collecting attention, {dtype}, chunks of {chunk_size}, {name}")
     for column in rows[0]:
         table.add_column(column, justify="right")
