@@ -1,0 +1,73 @@
+"""What a shorter cache in one KV head costs on text, for every head and window, from one backward pass.
+
+Let d(t, w) be the change of a head's attention output at token t when it keeps sinks and its last w keys, and g(t) the
+gradient, with respect to that output, of the log-likelihood of a continuation drawn from the model itself. To second
+order the divergence KL(full || windowed) is 1/2 d^T F d with the Fisher information F = E[g g^T]; with its diagonal
+over tokens, that is
+
+    price(w) = 1/2 sum_t (g(t) . d(t, w))^2 / tokens        nats a token
+
+(Amari 1998's metric, used as in Fisher pruning, Theis et al. 2018, arXiv 1801.05787). All windows share one forward and
+one backward pass: when a layer's gradient arrives, its changes are computed and forgotten.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.analysis.listen import listening
+from kvcompress.analysis.observe import block_size
+from kvcompress.analysis.window_changes import window_changes
+from kvcompress.models import input_device
+
+
+class TextPrices:
+    """A listener that adds up `fisher` `[window, layer, kv_head]`: the sum over tokens of (g . d)^2 / 2, nats."""
+
+    def __init__(self, windows: Sequence[int], sinks: int, layers: int, kv_heads: int) -> None:
+        self.windows, self.sinks = windows, sinks
+        self.fisher = torch.zeros(len(windows), layers, kv_heads, dtype=torch.float64)
+
+    def heard(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scaling: float, limit: int | None
+    ) -> Tensor:
+        if not output.requires_grad:  # the first layer: weights ask for no gradient, so the graph begins here
+            output = output.detach().requires_grad_()
+        query, key, value = query.detach(), key.detach(), value.detach()
+        output.register_hook(lambda gradient: self.told(layer, query[0], key[0], value[0], gradient[0], scaling, limit))
+        return output
+
+    @torch.no_grad()
+    def told(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scaling: float, limit: int | None
+    ) -> None:
+        """Add a layer's prices; gradient `[token, query_head, value_dim]`."""
+        heads, length, _ = query.shape
+        kv_heads = key.shape[0]
+        query = query.unflatten(0, (kv_heads, -1))
+        gradient = gradient.transpose(0, 1).unflatten(0, (kv_heads, -1)).float()
+        total = torch.zeros(len(self.windows), kv_heads, dtype=torch.float64, device=query.device)
+        start = 0
+        while start < length:
+            stop = min(start + block_size(heads, start, query.device), length)
+            block = query[:, :, start:stop], key[:, :stop], value[:, :stop]
+            changes, _ = window_changes(*block, self.windows, self.sinks, scaling, limit)
+            along = (changes * gradient[:, :, start:stop]).sum((2, 4))  # [window, kv_head, query]
+            total += 0.5 * along.square().sum(-1, dtype=torch.float64)
+            start = stop
+        self.fisher[:, layer] += total.cpu()
+
+
+def text_prices(
+    model: PreTrainedModel, tokens: Tensor, windows: Sequence[int], sinks: int, shape: tuple[int, int], seed: int
+) -> Tensor:
+    """One document's `fisher` `[window, layer, kv_head]`, summed over its tokens; `shape` is (layers, KV heads)."""
+    listener = TextPrices(windows, sinks, *shape)
+    with listening(model, listener), torch.enable_grad():
+        logits = model(tokens[None].to(input_device(model)), use_cache=False).logits[0].float()
+        generator = torch.Generator(device=logits.device).manual_seed(seed)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return listener.fisher

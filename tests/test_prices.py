@@ -1,0 +1,157 @@
+"""Prices of heads against slow, obvious twins: masked softmax, one gradient at a time, finite differences."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompress.analysis.joint_price import Halfway, joint_prices
+from kvcompress.analysis.listen import listening
+from kvcompress.analysis.retrieval_price import retrieval_prices
+from kvcompress.analysis.text_price import text_prices
+from kvcompress.analysis.window_changes import window_changes
+from kvcompress.cache.oracle import judged
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.retention import FULL, Retention
+from tests.tiny import tiny_model
+
+SHAPES = {"gpt_neox": (2, 4), "llama": (2, 2), "qwen3": (2, 2), "gpt2": (2, 4), "mistral": (2, 2), "phi": (2, 4)}
+WINDOWS, SINKS = [3, 8, 20, 64], 2
+
+
+def tokens(count: int = 60) -> Tensor:
+    return torch.randint(1, 256, (count,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+def test_changes_are_those_of_a_masked_softmax(limit: int | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 5)
+    changes, full = window_changes(query, key, value, WINDOWS, SINKS, 0.3, limit)
+    position, place = torch.arange(30, 50)[:, None], torch.arange(50)
+    scores = torch.einsum("hgqd,hkd->hgqk", query, key) * 0.3
+    seen = (place <= position) if limit is None else (place <= position) & (place > position - limit)
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, None]
+    assert torch.allclose(full, expected, atol=1e-5)
+    for i, window in enumerate(WINDOWS):
+        kept = seen & ((place < SINKS) | (place > position - window))
+        some = kept.any(-1)[:, None]
+        mine = scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num() @ value[:, None]
+        assert torch.allclose(torch.where(some, changes[i] + full, 0), torch.where(some, mine, 0), atol=1e-5)
+
+
+class Remember:
+    """Keeps every layer's output, alive in the graph."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def heard(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scale: float, limit: int | None
+    ) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        self.outputs.append(output)
+        return output
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_text_price_is_half_the_squared_gradient_along_the_change(name: str) -> None:
+    model, ids = tiny_model(name), tokens()
+    layers, kv_heads = SHAPES[name]
+    found = text_prices(model, ids, WINDOWS, SINKS, (layers, kv_heads), seed=5)
+    remember = Remember()
+    with listening(model, remember):
+        logits = model(ids[None], use_cache=False).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        gradients = torch.autograd.grad(loss, remember.outputs)
+    first = FirstLayer(model)
+    for window_index, window in enumerate(WINDOWS):
+        change = first.windowed(ids, Retention(SINKS, window)) - remember.outputs[0].detach()
+        along = (gradients[0] * change)[0].unflatten(1, (kv_heads, -1)).sum((2, 3))  # [token, kv_head]
+        expected = 0.5 * along.double().square().sum(0)
+        assert torch.allclose(found[window_index, 0], expected, rtol=2e-3, atol=1e-7)
+    assert (found[:, -1] >= 0).all()
+
+
+class FirstLayer:
+    """The first layer's attention output under the mask oracle: its input does not depend on any window."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def windowed(self, ids: Tensor, kept: Retention) -> Tensor:
+        kv_heads = SHAPES[name_of(self.model)][1]
+        attention = next(m for m in self.model.modules() if getattr(m, "layer_idx", None) == 0)
+        caught: list[Tensor] = []
+        projection = next(child for label, child in attention.named_modules() if label in ("o_proj", "dense", "c_proj"))
+        hook = projection.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0].detach()))
+        try:
+            with torch.no_grad(), judged(self.model, [[kept] * kv_heads, [FULL] * kv_heads]):
+                self.model(ids[None], use_cache=False)
+        finally:
+            hook.remove()
+        heads = self.model.config.num_attention_heads
+        return caught[0].unflatten(-1, (heads, -1))
+
+
+def name_of(model: torch.nn.Module) -> str:
+    return str(model.config.model_type)
+
+
+def test_windows_longer_than_the_text_cost_nothing_and_prices_add_up_over_documents() -> None:
+    model = tiny_model("llama")
+    found = text_prices(model, tokens(), WINDOWS, SINKS, (2, 2), seed=0)
+    assert found[-1].abs().max() < 1e-9
+    assert found[0].max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_joint_price_is_the_slope_of_the_divergence_halfway(name: str) -> None:
+    model, ids, shape = tiny_model(name).double(), tokens(), SHAPES[name]
+    found = joint_prices(model, ids, 8, SINKS, shape)
+
+    def divergence(shift: float) -> float:
+        halfway = Halfway(8, SINKS, *shape)
+        halfway.gates = torch.full(shape, 0.5)
+        halfway.gates[1, 0] += shift
+        with torch.no_grad():
+            full = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            with listening(model, halfway):
+                moved = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+        return float(torch.nn.functional.kl_div(moved, full, reduction="sum", log_target=True))
+
+    slope = (divergence(0.01) - divergence(-0.01)) / 0.02
+    assert float(found[1, 0]) == pytest.approx(slope, rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_retrieval_prices_add_up_to_the_change_of_the_answers_loss(name: str) -> None:
+    model, shape = tiny_model(name), SHAPES[name]
+    context, question, answer = tokens(50).tolist(), [7, 9, 11], [20, 30]
+    found = retrieval_prices(model, context, [(question, answer)] * 2, 8, SINKS, shape, nodes=12)
+    assert torch.allclose(found[0], found[1], atol=1e-5)  # one question leaves nothing behind for the next
+    kept, prompt = [[Retention(SINKS, 8)] * shape[1]] * shape[0], len(context)
+    ids = torch.tensor([context + question + answer])
+
+    def loss() -> float:
+        logits = model(ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+
+    with torch.no_grad():
+        full = loss()
+        with judged(model, kept, "exact", prompt):  # the context attends in full, the question does not
+            windowed = loss()
+    assert float(found[0].sum()) == pytest.approx(windowed - full, rel=0.02, abs=2e-3)
+
+
+def test_listening_puts_everything_back_and_refuses_what_it_cannot_price() -> None:
+    model = tiny_model("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError), listening(model, Remember()):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        raise RuntimeError
+    assert model.config._attn_implementation == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UnsupportedModelError, match="softcap"):
+        text_prices(tiny_model("gemma2", "eager"), tokens(), WINDOWS, SINKS, (2, 2), 0)
