@@ -1,7 +1,7 @@
 """Listening to a model's attention while gradients flow: a registered attention function that stays out of the way.
 
-The output is what transformers' own SDPA gives. Who listens may change it (`alter`, to attribute a loss to heads) or be
-told the gradient of the loss with respect to it (`told`, to price what a head would lose).
+The output is what transformers' own SDPA gives. Who listens may change it, to attribute a loss to heads, or hook on to its
+gradient, to price what a head would lose.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvcompress.cache.attention import UNKNOWN_TERMS, use_attention
 from kvcompress.errors import UnsupportedModelError
 
 NAME = "kvcompress_listen"
@@ -45,7 +46,7 @@ def listened_attention(
     listener = _listener.get()
     if listener is None:
         raise UnsupportedModelError(f"attention {NAME!r} works only inside `with listening(model, listener)`")
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the price of a head cannot be measured in attention with {name}")
     output, _ = sdpa_attention_forward(
@@ -69,10 +70,7 @@ def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
     """
     before = model.config._attn_implementation
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.set_attn_implementation(NAME)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} does not take another attention function") from error
+    use_attention(model, NAME)
     token = _listener.set(listener)
     try:
         for parameter in trainable:
@@ -82,4 +80,4 @@ def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(True)
         _listener.reset(token)
-        model.set_attn_implementation(before)
+        use_attention(model, before)

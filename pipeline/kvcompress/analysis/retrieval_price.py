@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.analysis.listen import listening
-from kvcompress.analysis.observe import MASKED
-from kvcompress.analysis.window_changes import TINY
+from kvcompress.analysis.window_changes import window_changes
 from kvcompress.models import input_device
 
 
@@ -29,17 +28,14 @@ class Gates:
     def heard(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scaling: float, limit: int | None
     ) -> Tensor:
-        kv_heads, keys = key.shape[1:3]
-        position = torch.arange(keys - query.shape[2], keys, device=key.device)[:, None]
-        place = torch.arange(keys, device=key.device)
-        seen = place <= position if limit is None else (place <= position) & (place > position - limit)
-        kept = (place < self.sinks) | (place > position - self.window)  # [query, key]
-        scores = query.unflatten(1, (kv_heads, -1)) * scaling @ key[:, :, None].transpose(-1, -2)
-        weights = scores.float().masked_fill(~seen, MASKED).softmax(-1)
-        value, left = value[:, :, None].float(), weights * kept
-        changes = left @ value / left.sum(-1, keepdim=True).clamp_min(TINY) - weights @ value
+        rows, kv_heads = key.shape[:2]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # rows of the batch count as KV heads
+        changes, _ = window_changes(
+            grouped, key.flatten(0, 1), value.flatten(0, 1), [self.window], self.sinks, scaling, limit
+        )
         gate = self.gates[:, layer].to(query.device)[:, :, None, None, None]
-        return output + (gate * changes).flatten(1, 2).transpose(1, 2).to(output.dtype)
+        moved = gate * changes[0].unflatten(0, (rows, kv_heads))
+        return output + moved.flatten(1, 2).transpose(1, 2).to(output.dtype)
 
 
 def retrieval_prices(

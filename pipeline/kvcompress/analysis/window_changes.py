@@ -24,7 +24,6 @@ def window_changes(
     sinks: int,
     scaling: float,
     limit: int | None = None,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(changes `[window, kv_head, group, query, value_dim]`, full output without the first axis), float32.
 
@@ -35,8 +34,6 @@ def window_changes(
     keys = key.shape[1]
     first = keys - length
     scores = torch.bmm(query.float().flatten(1, 2) * scaling, key.float().transpose(1, 2))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     hide(scores.view(kv_heads * group, length, keys), first, limit)
     weights = torch.softmax(scores, -1).view(kv_heads, group, length, keys)
     value = value.float()
