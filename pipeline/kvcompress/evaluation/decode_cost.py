@@ -160,6 +160,7 @@ def show(costs: list[Cost]) -> None:
 
 
 @app.command()
+@torch.no_grad()
 def main(
     folder: Annotated[Path, typer.Argument(help="Model folder; with --random-weights a config.json is enough.")],
     context: Annotated[list[int], typer.Option(help="Tokens of context (repeatable).")] = [64, 8000],  # noqa: B006
@@ -177,7 +178,6 @@ def main(
     """Time one decoded token with compressed caches and with DynamicCache, in turns."""
     if threads:
         torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     try:
         if kind is None:

@@ -45,9 +45,9 @@ def resident_bytes() -> int:
 
 
 @app.command(hidden=True)
+@torch.no_grad()
 def one(folder: Folder, share: float, context: Context, chunk: Chunk, random_weights: Random = False) -> None:
     """One contender in this process; a share of 0 stands for `DynamicCache`."""
-    torch.set_grad_enabled(False)
     config = AutoConfig.from_pretrained(folder)
     build: Any = AutoModelForCausalLM.from_config if random_weights else AutoModelForCausalLM.from_pretrained
     model = build(config if random_weights else folder, dtype=torch.float32).eval()
@@ -97,12 +97,12 @@ def resident(
 
 
 @app.command()
+@torch.no_grad()
 def soak(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens to decode.")] = 50_000,
     positions: Annotated[str, typer.Option(help="original, or cache to renumber inside the cache.")] = "original",
 ) -> None:
     """Decode a long text with 4 sinks and a window of 60 on a tiny random model: flat memory, finite logits."""
-    torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
