@@ -13,7 +13,7 @@ from kvcompress.evaluation.ablation import metrics, run_ablation
 from kvcompress.evaluation.ablation_plots import pareto_data, save_ablation_plots
 from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
-from kvcompress.evaluation.retrieval import make_cases
+from kvcompress.facts import make_cases
 from kvcompress.heads import save_classifications
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvcompress.errors import InputError
-from kvcompress.evaluation.retrieval import TEMPLATES, Case, CaseMaker, answered, make_cases, retrieve
+from kvcompress.evaluation.retrieval import answered, retrieve
+from kvcompress.facts import TEMPLATES, Case, CaseMaker, make_cases
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 

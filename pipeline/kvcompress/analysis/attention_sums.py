@@ -33,12 +33,14 @@ HEAD_SUMS: dict[str, tuple[int, ...]] = {
     "relative_tail": (),  # weight at distances of DISTANCES and more
     "relative_sinks": (DISTANCES,),  # weight at distance d on the first SINK_POSITIONS keys, contained in `relative`
     "recent": (RECENT_STEPS,),  # [b]: weight on the last max(1, floor((b + 1) n / 100)) keys
+    "induction": (),  # induction scores (kvcompress.analysis.induction), added up over probes
 }
 # What is counted for each layer: name -> trailing shape of the tensor [layer, ...].
 LAYER_COUNTS: dict[str, tuple[int, ...]] = {
     "queries": (),
     "varied_queries": (),  # queries with n > 1
     "log_visible": (),  # sum of log n, nats: the entropy of a uniform head
+    "probes": (),  # runs that measured the induction score
 }
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.analysis.attention_sums import AttentionSums
+from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import observing, require_observable
 from kvcompress.errors import InputError
 from kvcompress.models import input_device
@@ -17,7 +18,7 @@ from kvcompress.models import input_device
 def collect_attention(
     model: PreTrainedModel, documents: Sequence[Tensor], chunk_size: int = 512, progress: bool = True
 ) -> AttentionSums:
-    """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents.
+    """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
 
     A document is fed in chunks of `chunk_size` tokens with a KV cache, so chunking changes memory and never the result.
     Raises `UnsupportedModelError` where the model's attention cannot be observed, `InputError` for a document of one
@@ -48,6 +49,7 @@ def collect_attention(
             total = sums if total is None else total + sums
     if total is None:
         raise InputError("there are no documents to collect attention from")
+    add_induction(model, total)
     return total
 
 

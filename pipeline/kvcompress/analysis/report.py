@@ -17,6 +17,7 @@ REFINED = (
     HeadType.MIXED,
     HeadType.DEAD,
 )
+INDUCTION = 0.3  # a head that gives this share of its weight to a repetition looks far back on purpose
 FIRST_PASS = (HeadType.POSITIONAL, HeadType.GATHERING, HeadType.MIXED, HeadType.DEAD)
 
 
@@ -84,6 +85,10 @@ def validation_report(
             lines += [f"    Sink ratio: {spread([head.sink_ratio for head in heads])}"]
             lines += [f"    Local ratio: {spread([head.local_ratio for head in heads])}"]
             lines += [f"    Entropy: {spread([head.mean_entropy for head in heads])}"]
+            induction = [head.induction_score for head in heads if head.induction_score is not None]
+            if induction:
+                strong = sum(score > INDUCTION for score in induction)
+                lines += [f"    Induction score: {spread(induction)}; {strong} heads above {INDUCTION}"]
 
     if info.num_key_value_heads and info.num_key_value_heads < info.num_heads:
         lines += kv_groups(info, classes)

@@ -39,6 +39,7 @@ class HeadStatistics:
     position_preference: mean weight on `sink` (the first sink_size keys), `local` (the last local_window keys, the
         query's own included, sinks excluded), `global` (the rest; the three add up to 1) and `recent` (the last
         recent_ratio of the visible keys, at least one, whatever else they are).
+    induction_score: weight on the token after the first occurrence of a repeated random token (`analysis.induction`).
     sink_ratio: the same as position_preference["sink"].
     uniformity_score: KL divergence from attention to uniform, log(visible) - entropy, nats; 0 is uniform.
     relative_position_dist: mean weight at distances 0 ... 63 (0: the query's own key); it sums to 1 with
@@ -59,6 +60,7 @@ class HeadStatistics:
     relative_position_tail: list[Share] | None = None
     relative_without_sinks: list[Share] | None = None
     tail_without_sinks: list[Share] | None = None
+    induction_score: Share | None = None
 
     def __post_init__(self) -> None:
         if set(self.position_preference) != set(REGIONS):
@@ -155,6 +157,7 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
     beyond_sinks = (data["sinks"].sum(-1) - data["relative_sinks"].sum(-1)) / queries
     tail = tail_bins(relative, beyond)
     tail_far = tail_bins(far, beyond - beyond_sinks)
+    induction = data["induction"] / np.maximum(data["probes"], 1)[:, None]
 
     def listed(values: np.ndarray) -> list[float]:
         return [float(value) for value in np.clip(values, 0, 1)]
@@ -177,6 +180,7 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
             relative_position_tail=listed(tail[i, j]),
             relative_without_sinks=listed(far[i, j, :NEAR]),
             tail_without_sinks=listed(tail_far[i, j]),
+            induction_score=float(induction[i, j]) if data["probes"][i] else None,
         )
 
     return [one(i, j) for i in range(sums.num_layers) for j in range(sums.num_heads)]

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
-from kvcompress.evaluation.retrieval import Case, retrieve
+from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, Score, score_contenders
-from kvcompress.params.ablation import AblationParams
+from kvcompress.facts import Case
+from kvcompress.params.ablation import ScoringParams
 
 
 def run_ablation(
@@ -20,7 +21,7 @@ def run_ablation(
     documents: Documents,
     cases: Sequence[Case],
     contenders: Mapping[str, Contender],
-    params: AblationParams,
+    params: ScoringParams,
 ) -> list[dict[str, Any]]:
     """One row a contender, in their order; see `row`."""
     compressors = {name: contender.compressor for name, contender in contenders.items()}
@@ -74,6 +75,10 @@ def row(
             "name": contender.rival,
             "bytes": round(score.nbytes_end / rival.nbytes_end, 6),
             "perplexity": round(rival.perplexity(), 4),
+            "gmean_ratio": round(score.geometric_mean() / rival.geometric_mean(), 5),
+            "text_ratios": {
+                text: round(score.perplexity(text) / rival.perplexity(text), 5) for text in dict.fromkeys(score.texts)
+            },
             "nll_over_rival": rounded(paired_difference(score.nll, rival.nll)),
         }
     result["retrieval"] = retrieval_rows(cases, answered)

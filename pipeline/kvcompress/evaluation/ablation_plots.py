@@ -18,6 +18,10 @@ STYLE = {
     "class table": ("#009E73", "s"),
     "random": ("#999999", "x"),
     "inverted": ("#CC79A7", "+"),
+    "priced": ("#009E73", "s"),
+    "retrieval_heads": ("#E69F00", "D"),
+    "class_table_scaled": ("#56B4E9", "P"),
+    "inverse": ("#CC79A7", "+"),
     "per layer": ("#E69F00", "D"),
     "fix_size_l2": ("#56B4E9", "^"),
     "l2_compress": ("#F0E442", "^"),
@@ -63,7 +67,7 @@ def pareto_figure(rows: Rows, subtitle: str) -> Figure:
         x, y = [100 * row["share"] for row in points], np.array([row["perplexity"] for row in points])
         errors = np.abs(np.array([[row["low"], row["high"]] for row in points]).T - y)
         colour, marker = STYLE.get(method, OTHER)
-        joined = method in ("uniform sink + window", "window only")
+        joined = method in ("uniform sink + window", "window only", "priced")
         axis.errorbar(
             x, y, errors, fmt=marker + ("-" if joined else ""), color=colour, ms=7, lw=1.2, capsize=3, label=method
         )  # fmt: skip

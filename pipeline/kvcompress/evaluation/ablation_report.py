@@ -54,6 +54,8 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
         rows = result["rows"]
         lines += [f"## {', '.join(dict.fromkeys(row['ablation'] for row in rows if row['ablation'] != 'all'))}", ""]
         lines += [origin(result), "", *table(rows)]
+        if rows[-1]["ablation"] == "plans":
+            lines += ["", *plan_table(rows)]
         sentences = [sentence for row in rows if (sentence := verdict(row))]
         if sentences:
             lines += ["", "At equal bytes:", "", *(f"- {sentence}" for sentence in sentences)]
@@ -61,6 +63,27 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
             lines += ["", *beyond_lines(result["beyond"])]
         lines.append("")
     return "\n".join(lines)
+
+
+def plan_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Plans against uniform sink + window at the same bytes: ratios of perplexities, and facts found (the rival's)."""
+    by_name = {row["name"]: row for row in rows}
+    tasks, texts = list(rows[0]["retrieval"]), list(rows[0]["texts"])
+    header = ["plan", "bytes", "geometric mean ÷ uniform's", *(f"{text} ÷" for text in texts), "÷ full cache's"]
+    lines = ["| " + " | ".join([*header, *tasks]) + " |", "| --- " * (len(header) + len(tasks)) + "|"]
+    full = rows[0]
+    for row in rows:
+        if "rival" not in row:
+            continue
+        rival = by_name[row["rival"]["name"]]
+        cells = [row["name"], f"{row['share']:.2%}", f"{row['rival']['gmean_ratio']:.3f}"]
+        cells += [f"{ratio:.3f}" for ratio in row["rival"]["text_ratios"].values()]
+        cells.append(f"{row['perplexity_gmean'] / full['perplexity_gmean']:.3f}")
+        for task in tasks:
+            mine, other, whole = (one["retrieval"][task] for one in (row, rival, full))
+            cells.append(f"{mine['correct']} (uniform {other['correct']}, full {whole['correct']}) of {mine['total']}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def beyond_lines(beyond: Mapping[str, Any]) -> list[str]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvcompress.evaluation.plans import class_table_plan
 from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import input_device, model_shape
+from kvcompress.planning.shapes import class_table_plan
 
 WINDOW = 1024  # predicted tokens a point
 

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.evaluation.plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
+from kvcompress.errors import InputError
 from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models import model_shape
+from kvcompress.models import ModelShape, model_shape
 from kvcompress.params.ablation import AblationParams
 from kvcompress.plan import RetentionPlan
+from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
 from kvcompress.retention import FULL, Retention
 
-FULL_CACHE = "full cache"
+FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.
 WIDE = {HeadType.SINK_POSITIONAL: 128, HeadType.TRUE_POSITIONAL: 128, HeadType.SINK_MIXED: 256}
 # The published report's own, bolder recommendation for mixed heads.
@@ -43,8 +44,44 @@ def of_plan(name: str, family: str, ablation: str, plan: RetentionPlan, rival: s
     return Contender(name, family, ablation, compressor, min(capacities, default=0), plan, rival)
 
 
+def full_cache(shape: ModelShape) -> Contender:
+    kept = RetentionPlan.uniform(FULL, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
+    return of_plan(FULL_CACHE, "full", "all", kept)
+
+
+def with_rival(name: str, family: str, ablation: str, plan: RetentionPlan, tokens: int) -> list[Contender]:
+    """A plan, and the uniform plan that holds exactly as much after `tokens` tokens."""
+    rival = f"uniform = {name}"
+    return [
+        of_plan(name, family, ablation, plan, rival),
+        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens)),
+    ]
+
+
+def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> dict[str, Contender]:
+    """The full cache and plans from files, each with its uniform rival; plans that hold the same share one.
+
+    Raises `InputError` where a plan is for a model of another shape.
+    """
+    shape = model_shape(config)
+    found, rivals = [full_cache(shape)], dict[int, str]()
+    mine = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
+    for path in paths:
+        plan, name = RetentionPlan.load(path), Path(path).stem
+        other = plan.num_layers, plan.num_key_value_heads, plan.num_attention_heads
+        if mine != other:
+            raise InputError(f"{path} is for {other} layers, KV heads and query heads, the model has {mine}")
+        held = plan.held(tokens)
+        if held in rivals:
+            found.append(of_plan(name, plan.policy, "plans", plan, rivals[held]))
+        else:
+            found += with_rival(name, plan.policy, "plans", plan, tokens)
+            rivals[held] = found[-1].name
+    return {contender.name: contender for contender in found}
+
+
 class Field:
-    """The contenders for one model; documents have `params.max_tokens` tokens."""
+    """The contenders of the seed's ablations for one model; documents have `params.max_tokens` tokens."""
 
     def __init__(self, config: Any, params: AblationParams) -> None:
         self.shape, self.params = model_shape(config), params
@@ -54,16 +91,11 @@ class Field:
         kept = Retention(sinks, window)
         return RetentionPlan.uniform(kept, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
 
-    def full(self) -> Contender:
-        shape = self.shape
-        plan = RetentionPlan.uniform(FULL, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
-        return of_plan(FULL_CACHE, "full", "all", plan)
-
     def window_size(self) -> list[Contender]:
         """Sinks + window of growing size."""
         found = []
         for size in self.params.sizes:
-            found.append(of_plan(f"4 + {size - 4}", "uniform sink + window", "window_size", self.uniform(4, size - 4)))
+            found.append(of_plan(f"4 + {size - 4}", UNIFORM, "window_size", self.uniform(4, size - 4)))
         middle = self.params.sizes[len(self.params.sizes) // 2]
         found.append(
             Contender(f"fix_size_l2 {middle}", "fix_size_l2", "window_size", FixSizeL2Compressor(middle, 0.5), middle)
@@ -85,51 +117,37 @@ class Field:
                 found.append(of_plan(name, "other sink counts", "sink_importance", plan, rival))
         return found
 
-    def head_aware(self, classifications: str | Path, plans: Iterable[str | Path] = ()) -> list[Contender]:
-        """The class table and its variants, plans from files, each with its rival; and the controls of the table."""
+    def head_aware(self, classifications: str | Path) -> list[Contender]:
+        """The class table and its variants, each with its rival, and the controls of the table."""
         heads = self.shape.num_key_value_heads
         table = class_table_plan(classifications, heads)
-        found = self.with_rival("class table", "class table", table)
-        found += self.with_rival("class table, wide", "class table", class_table_plan(classifications, heads, WIDE))
-        found += self.with_rival("class table, bold", "class table", class_table_plan(classifications, heads, BOLD))
+        found = []
+        for name, windows in (("class table", {}), ("class table, wide", WIDE), ("class table, bold", BOLD)):
+            plan = class_table_plan(classifications, heads, windows)
+            found += with_rival(name, "class table", "head_aware", plan, self.params.max_tokens)
         rival = found[1].name
         for seed in range(self.params.random_seeds):
             found.append(of_plan(f"random {seed}", "random", "head_aware", shuffled(table, seed), rival))
         found.append(of_plan("inverted", "inverted", "head_aware", inverted(table), rival))
         per = per_layer(table, self.params.max_tokens)
         found.append(of_plan("per layer", "per layer", "head_aware", per, rival))
-        for path in plans:
-            plan = RetentionPlan.load(path)
-            found += self.with_rival(Path(path).stem, plan.policy, plan)
         return found
-
-    def with_rival(self, name: str, family: str, plan: RetentionPlan) -> list[Contender]:
-        rival = f"uniform = {name}"
-        even = uniform_at(plan, self.params.max_tokens)
-        return [
-            of_plan(name, family, "head_aware", plan, rival),
-            of_plan(rival, "uniform sink + window", "head_aware", even),
-        ]
 
 
 ABLATIONS = ("sink_importance", "window_size", "head_aware")
 
 
 def contenders_for(
-    ablations: Sequence[str],
-    config: Any,
-    params: AblationParams,
-    classifications: str | Path | None = None,
-    plans: Iterable[str | Path] = (),
+    ablations: Sequence[str], config: Any, params: AblationParams, classifications: str | Path | None = None
 ) -> dict[str, Contender]:
     """Contenders of the named ablations by name, the full cache first, rivals included, nothing twice."""
     field = Field(config, params)
-    found = [field.full()]
+    found = [full_cache(field.shape)]
     if "window_size" in ablations or "sink_importance" in ablations:
         found += field.window_size() if "window_size" in ablations else field.window_size()[: len(params.sizes)]
     if "sink_importance" in ablations:
         found += field.sink_importance()
     if "head_aware" in ablations:
         assert classifications is not None
-        found += field.head_aware(classifications, plans)
+        found += field.head_aware(classifications)
     return {contender.name: contender for contender in found}

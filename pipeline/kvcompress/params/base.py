@@ -9,7 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvcompress.artifacts import read_text, validated
 from kvcompress.errors import InputError
 
-SECTIONS = ("model", "corpus", "collect", "statistics", "thresholds", "windows", "ablation", "plots")
+SECTIONS = (
+    "model",
+    "corpus",
+    "collect",
+    "statistics",
+    "thresholds",
+    "windows",
+    "sensitivity",
+    "budgets",
+    "ablation",
+    "ablation_plans",
+    "plots",
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]

@@ -7,9 +7,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress.evaluation.plans import class_table_plan, flat, inverted, per_layer, shuffled, size_key, uniform_at
 from kvcompress.heads import HeadType
 from kvcompress.plan import RetentionPlan
+from kvcompress.planning.shapes import class_table_plan, flat, inverted, per_layer, shuffled, size_key, uniform_at
 from kvcompress.retention import FULL, PRUNED, Retention
 
 retentions = st.one_of(st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 99)))

@@ -1,0 +1,175 @@
+"""What a shorter cache costs in every KV head: measured once on calibration text, asked at any budget.
+
+Three measurements, each additive over documents: the price of one head's window on text (`text_price`), what a layer's
+heads cost together (`joint_price`), and how much of a fact's answer every head carries (`retrieval_price`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcompress.analysis.joint_price import joint_prices
+from kvcompress.analysis.observe import require_observable
+from kvcompress.analysis.retrieval_price import retrieval_prices
+from kvcompress.analysis.text_price import text_prices
+from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.corpora import documents
+from kvcompress.errors import InputError
+from kvcompress.facts import CaseMaker
+from kvcompress.params.sensitivity import SensitivityParams
+
+SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
+TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3}  # name -> dimensions
+
+
+@dataclass
+class Sensitivity:
+    """Sums over documents; a window w stands for `sinks` first and w last keys.
+
+    fisher: `[window, layer, kv_head]`, nats. joint: `[joint window, layer, kv_head]`, nats. retrieval: `[fact, layer,
+    kv_head]`, nats a token of the fact's answer. `tokens` and `joint_tokens` are what the sums are over, `context` the
+    length of a document.
+    """
+
+    windows: list[int]
+    sinks: int
+    context: int
+    tokens: int
+    joint_tokens: int
+    fisher: np.ndarray
+    joint: np.ndarray
+    retrieval: np.ndarray
+    origin: dict[str, Any]  # model_id, revision, num_attention_heads, texts, dtype
+
+    @property
+    def layers(self) -> int:
+        return int(self.fisher.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.fisher.shape[2])
+
+    def prices(self) -> np.ndarray:
+        """Expected cost of every window on text, nats a token: `[window, layer, kv_head]`, falling with the window.
+
+        A head's own price, times what its layer's heads cost together over what they cost one by one (both summed over
+        windows, scaled so that the sum over all heads stays), drawn by SHRINK to the mean over heads.
+        """
+        single = self.fisher / self.tokens
+        alone, together = single.sum((0, 2)), (self.joint / self.joint_tokens).clip(0).sum((0, 2))
+        if together.sum() > 0:
+            rate = np.divide(together, alone, out=np.zeros_like(alone), where=alone > 0)
+            single = single * rate[None, :, None]
+            single *= alone.sum() / single.sum()
+        priced = (1 - SHRINK) * single + SHRINK * single.mean((1, 2), keepdims=True)
+        return np.maximum.accumulate(priced[::-1], 0)[::-1]
+
+    def __add__(self, other: "Sensitivity") -> "Sensitivity":
+        """Both sets of documents. Raises `InputError` where models or windows differ."""
+        mine, theirs = (self.windows, self.sinks, self.fisher.shape), (other.windows, other.sinks, other.fisher.shape)
+        if mine != theirs:
+            raise InputError(f"sensitivities measured with {mine} and {theirs} (windows, sinks, shape) cannot be added")
+        return Sensitivity(
+            self.windows,
+            self.sinks,
+            max(self.context, other.context),
+            self.tokens + other.tokens,
+            self.joint_tokens + other.joint_tokens,
+            self.fisher + other.fisher,
+            self.joint + other.joint,
+            np.concatenate([self.retrieval, other.retrieval]),
+            self.origin,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in TENSORS}
+        names = ("windows", "sinks", "context", "tokens", "joint_tokens", "origin")
+        write_tensors(path, tensors, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sensitivity":
+        """Read what `save` wrote. Raises `InputError` where the file is not complete or not finite."""
+        tensors, header = read_tensors(path)
+        names = {"windows", "sinks", "context", "tokens", "joint_tokens", "origin"}
+        if set(tensors) != set(TENSORS) or set(header) != names:
+            raise InputError(f"{path} does not hold the sensitivity of a model's heads; measure again")
+        for name, tensor in tensors.items():
+            if tensor.dim() != TENSORS[name] or tensor.shape[1:] != tensors["fisher"].shape[1:]:
+                raise InputError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not the model's heads")
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {name} holds values that are not finite numbers")
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(**header, **arrays)
+
+
+def measure_sensitivity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    params: SensitivityParams | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
+
+    Raises `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
+    """
+    settings = params or SensitivityParams()
+    observed = require_observable(model)
+    shape, length = (observed.num_layers, observed.num_key_value_heads), settings.max_tokens
+    if length > observed.max_context:
+        raise InputError(f"sensitivity.max_tokens is {length}, but the model's context ends at {observed.max_context}")
+    windows = [window for window in settings.windows if window + settings.sinks < length]
+    joint_windows = [window for window in settings.joint_windows if window + settings.sinks < length]
+    if not windows or not joint_windows:
+        raise InputError(f"sensitivity: no window is shorter than a document of {length} tokens")
+    batch = [
+        tokens
+        for name, text in texts.items()
+        for tokens in documents(tokenizer, name, text, length, settings.documents_per_text)
+    ]
+    joint_batch = batch[:: settings.documents_per_text]  # one document of each text
+    maker = CaseMaker(tokenizer, settings.seed, "calibration")
+    prose = [maker.encode(text) for text in texts.values()]
+    questions = [
+        maker.many(prose[i % len(prose)], length - 2 * settings.facts_per_context, settings.facts_per_context)
+        for i in range(settings.fact_contexts)
+    ]
+    sinks, far = settings.sinks, min(settings.far, windows[-1])
+    steps = len(batch) + len(joint_batch) * len(joint_windows) + len(questions)
+    with tqdm(total=steps, desc="price of heads", unit="pass", disable=not progress) as bar:
+
+        def counted(found: Tensor) -> np.ndarray:
+            bar.update()
+            return found.numpy()
+
+        fisher = sum(
+            counted(text_prices(model, tokens, windows, sinks, shape, settings.seed + i))
+            for i, tokens in enumerate(batch)
+        )
+        joint = sum(
+            np.stack([counted(joint_prices(model, tokens, window, sinks, shape)) for window in joint_windows])
+            for tokens in joint_batch
+        )
+        retrieval = [
+            counted(retrieval_prices(model, context, asked, far, sinks, shape, settings.nodes))
+            for context, asked in questions
+        ]
+    return Sensitivity(
+        windows,
+        sinks,
+        length,
+        sum(map(len, batch)),
+        sum(map(len, joint_batch)),
+        np.asarray(fisher),
+        np.asarray(joint),
+        np.concatenate(retrieval),
+        {"texts": sorted(texts), "num_attention_heads": observed.num_attention_heads},
+    )

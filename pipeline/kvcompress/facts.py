@@ -1,0 +1,155 @@
+"""Texts with facts in them, and the questions that ask for the facts.
+
+Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case
+is a context, a question that names the fact, and the answer. What calibrates never judges: needles of the two uses say
+their facts in different words.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from kvcompress.corpora import leading_tokens
+from kvcompress.errors import InputError
+
+Task = Literal["passkey", "needle", "lookup"]
+Use = Literal["calibration", "evaluation"]
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+WORDS = """
+apple river stone garden silver window engine forest candle market bridge winter copper meadow harbor lantern
+marble pepper ribbon saddle timber velvet walnut anchor basket cotton feather ginger hammer jacket kettle ladder
+""".split()  # noqa: SIM905
+PLACES = ("house", "club", "room", "team", "school", "shop", "office", "station")
+# What a needle says and how it is asked for; a template that calibrates never judges.
+TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
+    "calibration": (
+        ("The access code of {who} is {value}.", "The access code of {who} is"),
+        ("Remember that {who} keeps its records under the label {value}.", "{who} keeps its records under the label"),
+    ),
+    "evaluation": (
+        ("The secret number of {who} is {value}.", "The secret number of {who} is"),
+        ("The password for {who} was set to {value}.", "The password for {who} was set to"),
+        ("The favorite thing of {who} is the {value}.", "The favorite thing of {who} is the"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fact to find. `depth` is the share of the context before it; token ids are plain lists."""
+
+    task: Task
+    context: list[int]
+    question: list[int]
+    answer: list[int]
+    depth: float
+
+    @property
+    def length(self) -> int:
+        return len(self.context)
+
+
+class CaseMaker:
+    """Builds cases of exact context length with one tokenizer; the same seed gives the same cases."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, use: Use = "evaluation") -> None:
+        self.tokenizer, self.use = tokenizer, use
+        self.random = random.Random(f"{seed} {use}")
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def assemble(
+        self, task: Task, body: list[int], fact: str, question: str, answer: str, length: int, depth: float
+    ) -> Case:
+        """Put the fact into the body so that the whole context has `length` tokens."""
+        start, inserted = leading_tokens(self.tokenizer), self.encode(f" {fact} ")
+        room = length - len(start) - len(inserted)
+        if room < 1 or len(body) < room:
+            raise InputError(f"a {task} context of {length} tokens cannot be built from {len(body)} tokens of text")
+        place = round(depth * room)
+        context = start + body[:place] + inserted + body[place:room]
+        return Case(task, context, self.encode(f"\n{question}"), self.encode(f" {answer}"), depth)
+
+    def passkey(self, length: int, depth: float) -> Case:
+        """Five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
+        key = str(self.random.randint(10000, 99999))
+        filler = self.encode(FILLER)
+        body = filler * (length // len(filler) + 1)
+        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
+        return self.assemble("passkey", body, fact, "What is the pass key? The pass key is", key, length, depth)
+
+    def needle(self, prose: list[int], length: int, depth: float) -> Case:
+        """A sentence that does not belong there, somewhere in real prose; its value is a number or a word."""
+        fact, question, value = self.statement(f"{self.random.choice(WORDS)} {self.random.choice(PLACES)}")
+        if len(prose) < length:
+            raise InputError(f"a needle context of {length} tokens needs as much prose, found {len(prose)} tokens")
+        start = self.random.randrange(len(prose) - length + 1)
+        return self.assemble("needle", prose[start : start + length], fact, question, value, length, depth)
+
+    def statement(self, who: str) -> tuple[str, str, str]:
+        """(fact, question, value) about `who`, in one of the templates of this use."""
+        number = self.random.random() < 0.5
+        value = str(self.random.randint(10000, 99999)) if number else self.random.choice(WORDS)
+        fact, question = self.random.choice(TEMPLATES[self.use])
+        return fact.format(who=who, value=value), question.format(who=who, value=value), value
+
+    def many(self, prose: list[int], length: int, count: int) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """One context of about `length` tokens with `count` needles, one in each of as many equal parts.
+
+        Returns (context, [(question, answer)]), token ids. Raises `InputError` where the prose is too short.
+        """
+        subjects = self.random.sample([f"{word} {place}" for word in WORDS for place in PLACES], count)
+        statements = [self.statement(who) for who in subjects]
+        facts = [self.encode(f" {fact} ") for fact, _, _ in statements]
+        context, room = leading_tokens(self.tokenizer), length - sum(map(len, facts))
+        if room < count or len(prose) < room:
+            raise InputError(
+                f"a context of {length} tokens with {count} facts cannot be built from {len(prose)} tokens"
+            )
+        start = self.random.randrange(len(prose) - room + 1)
+        last = 0
+        for i, fact in enumerate(facts):
+            place = int((i + self.random.random()) / count * room)
+            context += prose[start + last : start + place] + fact
+            last = place
+        asked = [(self.encode(f"\n{question}"), self.encode(f" {value}")) for _, question, value in statements]
+        return context + prose[start + last : start + room], asked
+
+    def lookup(self, length: int, depth: float) -> Case:
+        """One line among many of the form `key: value`, all keys different; the right one at `depth`."""
+        pairs = [f"{first} {second}" for first in WORDS for second in PLACES]
+        self.random.shuffle(pairs)
+        lines = [self.encode(f"\n{pair}: {self.random.randint(1000, 9999)}") for pair in pairs[1:]]
+        body: list[int] = []
+        while len(body) < length:
+            body += lines[len(body) % len(lines)]
+        value = str(self.random.randint(1000, 9999))
+        return self.assemble("lookup", body, f"\n{pairs[0]}: {value}", f"{pairs[0]}:", value, length, depth)
+
+
+def make_cases(
+    tokenizer: PreTrainedTokenizerBase,
+    prose: Mapping[str, str],
+    lengths: Sequence[int],
+    depths: int,
+    per_depth: int,
+    seed: int = 0,
+    use: Use = "evaluation",
+) -> list[Case]:
+    """All three tasks for every length and `depths` evenly spread depths, `per_depth` cases of each."""
+    maker = CaseMaker(tokenizer, seed, use)
+    texts = [maker.encode(text) for text in prose.values()]
+    cases = []
+    for length in lengths:
+        for i in range(depths):
+            for repeat in range(per_depth):
+                depth = (i + 0.5) / depths
+                cases.append(maker.passkey(length, depth))
+                cases.append(maker.needle(texts[(i + repeat) % len(texts)], length, depth))
+                cases.append(maker.lookup(length, depth))
+    return cases

@@ -1,0 +1,52 @@
+"""From a model and some text to a plan, in one call."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
+from kvcompress.models import model_shape
+from kvcompress.params.budgets import BudgetParams
+from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.plan import RetentionPlan
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.policies import Planner
+
+
+def make_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str] | Mapping[str, str],
+    budget: str | float | Budget = 0.25,
+    policy: str = "priced",
+    context_length: int | None = None,
+    balance: float | None = None,
+    classifications: str | Path | None = None,
+    sensitivity: Sensitivity | None = None,
+    params: SensitivityParams | None = None,
+) -> RetentionPlan:
+    """Price the model's heads on `texts` and spend `budget` on them.
+
+    budget: a share (`0.25`, `"25%"`), `"512 tokens"` for each head, or bytes (`"40 MB"`), at a context of `context_length`
+    tokens (default: the length of the documents that heads are priced on, `params.max_tokens`). balance: nats a token of
+    text that answering every far question is worth. `sensitivity`: what an earlier call measured
+    (`measure_sensitivity`), to make several plans from it. Raises `InputError` for texts too short or a wrong budget.
+    """
+    amount = Budget.parse(budget)
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, Mapping):
+        texts = {f"text {i}": text for i, text in enumerate(texts)}
+    settings = params or SensitivityParams()
+    found = sensitivity or measure_sensitivity(model, tokenizer, texts, settings)
+    planner = Planner(
+        found,
+        str(getattr(model, "name_or_path", "")) or type(model).__name__,
+        model_shape(model.config).head_dim,
+        model.dtype.itemsize,
+        context_length or found.context,
+        BudgetParams().balance if balance is None else balance,
+        None if classifications is None else Path(classifications),
+    )
+    return planner.plan(policy, amount)

@@ -1,0 +1,169 @@
+"""Policies by name: how a budget of slots becomes a retention plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.errors import InputError
+from kvcompress.heads import load_classifications
+from kvcompress.plan import RetentionPlan
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.pricing import Priced, Pricing
+from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
+from kvcompress.retention import FULL, Retention
+
+
+@dataclass
+class Planner:
+    """Makes plans for one model at one context length.
+
+    `balance`: nats a token of text that it is worth to answer every question about far facts. `classifications`: the class
+    table's file, needed by its two policies alone.
+    """
+
+    sensitivity: Sensitivity
+    model_id: str
+    head_dim: int
+    itemsize: int  # bytes an element of the cache
+    context: int
+    balance: float
+    classifications: Path | None = None
+    seed: int = 0
+    _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.sensitivity, self.context)
+
+    @property
+    def heads(self) -> int:
+        return self.sensitivity.layers * self.sensitivity.kv_heads
+
+    def slots(self, budget: Budget) -> int:
+        return budget.slots(self.heads, self.context, 2 * self.head_dim * self.itemsize)
+
+    def plan(self, policy: str, budget: Budget) -> RetentionPlan:
+        """The plan of a policy. Raises `InputError` for an unknown one."""
+        if policy not in POLICIES:
+            raise InputError(f"unknown policy {policy!r}, expected one of {', '.join(POLICIES)}")
+        return POLICIES[policy](self, budget)
+
+    def of_slots(self, held: np.ndarray, policy: str, budget: Budget, **made_from: Any) -> RetentionPlan:
+        """Slots of every head -> sinks + window, or the full cache where they reach the context's length."""
+        kept = [self.retention(int(slots)) for slots in held]
+        width = self.sensitivity.kv_heads
+        layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
+        spent = int(np.minimum(held, self.context).sum())
+        figures = {budget.kind: budget.value, "context_length": self.context}
+        figures |= {"share": spent / (self.heads * self.context)} if budget.kind != "share" else {}
+        origin = {"texts": self.sensitivity.origin.get("texts", []), **made_from}
+        query_heads = int(self.sensitivity.origin["num_attention_heads"])
+        return RetentionPlan(layers, query_heads, self.model_id, policy, figures, origin)
+
+    def retention(self, slots: int) -> Retention:
+        if slots >= self.context:
+            return FULL
+        sinks = min(self.sensitivity.sinks, slots - 1)
+        return Retention(sinks, slots - sinks)
+
+    def best(self, budget: Budget) -> Priced:
+        """The division that `priced` takes."""
+        if budget not in self._best:
+            self._best[budget] = self.pricing.best(self.slots(budget), self.balance)
+        return self._best[budget]
+
+
+def uniform(planner: Planner, budget: Budget) -> RetentionPlan:
+    """The same sinks and window for every head."""
+    return planner.of_slots(evenly(planner.slots(budget), planner.heads), "uniform", budget)
+
+
+def evenly(slots: int, heads: int) -> np.ndarray:
+    """`slots` over `heads`, the remainder spread over them."""
+    return np.diff(np.arange(heads + 1) * slots // heads)
+
+
+def priced(planner: Planner, budget: Budget) -> RetentionPlan:
+    """Retention by measured price (`kvcompress.planning.pricing`)."""
+    best = planner.best(budget)
+    return planner.of_slots(
+        best.held,
+        "priced",
+        budget,
+        balance=planner.balance,
+        retrieval_heads=best.retrieval_heads,
+        expected_divergence=round(best.text, 5),
+        expected_success=round(best.success, 4),
+    )
+
+
+def retrieval_heads(planner: Planner, budget: Budget) -> RetentionPlan:
+    """As many full retrieval heads as `priced` has, the same window for the rest."""
+    slots, count = planner.slots(budget), planner.best(budget).retrieval_heads
+    held = np.full(planner.heads, planner.context)
+    rest = planner.pricing.by_retrieval[count:]
+    held[rest] = evenly(slots - count * planner.context, len(rest))
+    return planner.of_slots(held, "retrieval_heads", budget, retrieval_heads=count)
+
+
+def class_table(planner: Planner, budget: Budget) -> RetentionPlan:
+    """What the class table recommends, whatever the budget."""
+    if planner.classifications is None:
+        raise InputError("the class table's policies need a classification file")
+    found = class_table_plan(planner.classifications, planner.sensitivity.kv_heads)
+    if (found.num_layers, found.num_attention_heads) != (
+        planner.sensitivity.layers,
+        planner.sensitivity.origin["num_attention_heads"],
+    ):
+        raise InputError(f"{planner.classifications} describes another model than the sensitivity")
+    own = {"share": found.share(planner.context), "context_length": planner.context}
+    return RetentionPlan(
+        found.layers,
+        found.num_attention_heads,
+        planner.model_id,
+        "class_table",
+        own,
+        {"thresholds_of": load_classifications(planner.classifications).taxonomy},
+    )
+
+
+def class_table_scaled(planner: Planner, budget: Budget) -> RetentionPlan:
+    """The class table's slots, all multiplied by one factor so that they meet the budget."""
+    table, slots = class_table(planner, budget), planner.slots(budget)
+    shape = np.array([float(kept.held(planner.context)) for layer in table.layers for kept in layer]).clip(1)
+    low, high = 0.0, float(planner.context)
+    for _ in range(60):
+        middle = (low + high) / 2
+        spent = int((middle * shape).clip(1, planner.context).astype(int).sum())
+        low, high = (middle, high) if spent <= slots else (low, middle)
+    held = (low * shape).clip(1, planner.context).astype(int)
+    rest = slots - int(held.sum())  # what rounding left over: one slot each to the first that have room
+    held[np.flatnonzero(held < planner.context)[: max(rest, 0)]] += 1
+    return planner.of_slots(held, "class_table_scaled", budget)
+
+
+def random(planner: Planner, budget: Budget) -> RetentionPlan:
+    """A control: the retentions of `priced`, dealt to random heads."""
+    return shuffled(priced(planner, budget), planner.seed)
+
+
+def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
+    """A control: the retentions of `priced`, the most to the heads that had the least."""
+    return inverted(priced(planner, budget))
+
+
+POLICIES: dict[str, Callable[[Planner, Budget], RetentionPlan]] = {
+    "uniform": uniform,
+    "class_table": class_table,
+    "class_table_scaled": class_table_scaled,
+    "retrieval_heads": retrieval_heads,
+    "priced": priced,
+    "random": random,
+    "inverse": inverse,
+}
+WITHOUT_BUDGET = ("class_table",)

@@ -1,0 +1,76 @@
+"""Spend budgets on heads by policy: one plan file each. Run: python -m stages.allocate"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.analysis.price_report import price_report
+from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.analysis.statistics import load_statistics
+from kvcompress.artifacts import read_model, replaced_folder, write_json, write_text
+from kvcompress.errors import InputError
+from kvcompress.heads import load_classifications
+from kvcompress.models import ModelRecord
+from kvcompress.params.base import load_section
+from kvcompress.params.budgets import BudgetParams
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
+from stages.common import DataDir, ParamsFile, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    output_dir: Annotated[Path, typer.Option(help="Folder of plans, one folder a model.")] = Path("reports/plans"),
+    report: Annotated[Path | None, typer.Option(help="Prices beside classes, as text [default: none].")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="What is expected of every plan, as JSON.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="25%, '512 tokens' or '40 MB', instead of params'.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Policies instead of params'.")] = None,
+    balance: Annotated[float | None, typer.Option(help="Nats a token that finding every far fact is worth.")] = None,
+) -> None:
+    """Write OUTPUT_DIR/MODEL/POLICY-BUDGET.json for every policy and budget."""
+    settings = load_section(BudgetParams, params, sizes=budget, policies=policy, balance=balance)
+    record = read_model(data_dir / "model.json", ModelRecord)
+    path = data_dir / "head_sensitivity.safetensors"
+    sensitivity = Sensitivity.load(path)
+    if (sensitivity.origin.get("model_id"), sensitivity.origin.get("revision")) != (record.id, record.revision):
+        raise InputError(f"{path} was measured on {sensitivity.origin.get('model_id')}, the model is {record.id}")
+    itemsize = {"float32": 4}.get(sensitivity.origin.get("dtype", ""), 2)
+    classes = data_dir / "refined_classifications.json"
+    planner = Planner(
+        sensitivity, record.id, record.head_dim, itemsize, settings.context_length, settings.balance, classes
+    )
+    planner.seed = settings.random_seed
+    budgets = [Budget.parse(size) for size in settings.sizes]
+    with replaced_folder(output_dir) as folder:
+        place = folder / record.id.replace("/", "--")
+        place.mkdir(parents=True)
+        for name in settings.policies:
+            for size in budgets[:1] if name in WITHOUT_BUDGET else budgets:
+                plan = planner.plan(name, size)
+                plan.save(place / (f"{name}.json" if name in WITHOUT_BUDGET else f"{name}-{size.label}.json"))
+    expected = {size.label: planner.best(size) for size in budgets}
+    if metrics:
+        rows = {
+            label: {
+                "retrieval_heads": best.retrieval_heads,
+                "expected_divergence": round(best.text, 5),
+                "expected_success": round(best.success, 4),
+            }
+            for label, best in expected.items()
+        }
+        write_json(metrics, rows)
+    if report:
+        statistics = load_statistics(data_dir / "head_statistics.json")
+        held = {label: best.held for label, best in expected.items()}
+        text = price_report(statistics, load_classifications(classes).ordered, sensitivity, held)
+        write_text(report, text)
+        print(text)
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,54 @@
+"""Price every KV head's cache on calibration text. Run: python -m stages.measure_sensitivity"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.analysis.sensitivity import measure_sensitivity
+from kvcompress.artifacts import read_model
+from kvcompress.corpora import load_texts
+from kvcompress.errors import InputError
+from kvcompress.models import ModelRecord, load_model, locate_model
+from kvcompress.params.base import load_section
+from kvcompress.params.sensitivity import SensitivityParams
+from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where head_sensitivity.safetensors goes (default: data-dir).")
+    ] = None,
+    model_id: ModelId = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each document.")] = None,
+    documents_per_text: Annotated[int | None, typer.Option(help="Documents taken from each text.")] = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """What every window costs in every KV head, on text and for far facts, in head_sensitivity.safetensors."""
+    settings = load_section(SensitivityParams, params, max_tokens=max_tokens, documents_per_text=documents_per_text)
+    loading = model_params(params, model_id, bf16, device)
+    if model_id is not None and output_dir is None:
+        raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
+    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(loading)[0]
+    if settings.max_tokens > record.max_context:
+        raise InputError(
+            f"sensitivity.max_tokens is {settings.max_tokens}, but the context of {record.id} ends at {record.max_context}"
+        )
+    texts = load_texts(data_dir / "corpus", "calibration")
+    model, tokenizer = load_model(record, loading)
+    found = measure_sensitivity(model, tokenizer, texts, settings)
+    found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": loading.dtype}
+    found.save((output_dir or data_dir) / "head_sensitivity.safetensors")
+    print(
+        f"{found.layers} x {found.kv_heads} KV heads priced on {found.tokens} tokens and {len(found.retrieval)} facts"
+    )
+
+
+if __name__ == "__main__":
+    run(app)
