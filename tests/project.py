@@ -45,6 +45,10 @@ def copy_project(folder: Path) -> Path:
     params["collect"] = {"max_tokens": 200, "chunk_size": 64, "documents_per_text": 2}
     params["ablation"] |= {"max_tokens": 128, "sizes": [32, 64], "sink_counts": [0, 4], "random_seeds": 1}
     params["ablation"] |= {"retrieval_lengths": [160], "retrieval_depths": 1}
+    params["sensitivity"] |= {"max_tokens": 256, "windows": [16, 64], "joint_windows": [32], "fact_contexts": 1}
+    params["sensitivity"] |= {"facts_per_context": 2, "far": 32, "nodes": 2}
+    params["compare_plans"] |= {"max_tokens": 128, "retrieval_lengths": [160], "retrieval_depths": 1}
+    params["compare_plans"] |= {"plans": ["priced-25", "random-25"]}
     params["plots"] = {"dpi": 60}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return folder

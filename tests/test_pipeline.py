@@ -127,9 +127,10 @@ def test_git_holds_reports_and_no_data(project: Path) -> None:
     tracked = run(project, "git", "ls-files", "data", "reports").stdout.split()
     assert [name for name in tracked if name.startswith("data")] == ["data/.gitignore"]
     figures = {name for name in tracked if name.endswith(".png")}
-    assert len(figures) == 8
+    assert len(figures) == 10
     for name in ("analysis_summary.txt", "validation_report.txt", "metrics/classes.json", "plots/heads.json"):
         assert f"reports/{name}" in tracked
+    assert sum(name.startswith("reports/plans/") for name in tracked) == 25
 
 
 def test_results_do_not_depend_on_when_they_were_made(project: Path) -> None:
