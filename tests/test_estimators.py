@@ -49,7 +49,7 @@ def test_every_estimator_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stage(project, "prepare")
     app = typer.Typer()
     app.command()(estimators.main)
-    flags = "--tokens 100 --window 10 --window 40 --others 2 --output found.json".split()
+    flags = ["--tokens", "100", "--window", "10", "--window", "40", "--others", "2", "--output", "found.json"]
     result = CliRunner().invoke(app, ["data", *flags])
     assert result.exit_code == 0, result.output
     rows = {row["estimator"]: row for row in read_json("found.json")["rows"]}

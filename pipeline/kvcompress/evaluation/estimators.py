@@ -143,7 +143,7 @@ def plan_for(
         return evenly(slots, heads)
     sizes = np.append(np.array(windows) + sinks, context)
     curves = np.vstack([np.maximum.accumulate(prices.reshape(len(windows), -1)[::-1], 0)[::-1], np.zeros(heads)])
-    return spend(pieces(sizes, curves), heads, int(sizes[0]), context, slots)
+    return spend(pieces(sizes, curves), heads, min(int(sizes[0]), slots // heads), context, slots)
 
 
 def plan_cost(model: PreTrainedModel, batch: list[Tensor], held: np.ndarray, sinks: int, shape: Shape) -> float:
