@@ -40,7 +40,9 @@ def plans(results: Results) -> str:
     """Allocated plans against uniform caches of the same bytes, and the verdicts on the policy `priced`."""
     (result,) = results
     sentences = [verdict(row) for row in result["rows"] if row["family"] == "priced"]
-    return "\n".join([origin(result), "", *plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)])
+    return "\n".join(
+        [origin(result), "", *plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)]
+    )
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {"ablation": ablation, "plans": plans}
