@@ -20,6 +20,9 @@ class ExpectedAttention(Score):
     query, exp(s k.q) has the mean exp(s k.m + s^2 k'Ck / 2); the softmax divides the keys' shares. Keys that stay are
     left out of it, and query heads of a KV head are averaged after it.
 
+    R C R' is the paper's. It is less than the spread of the queries to come: planes that turn often within `future`
+    positions average to nothing, and what the rotations themselves add to the spread is not in it.
+
     future: positions to look ahead.
     skip: queries at the first positions that are not counted, as their vectors are far from all others; where there
         are no others they are.

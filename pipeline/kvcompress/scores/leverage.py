@@ -30,8 +30,8 @@ class Leverage(Score):
     blend: weight of leverage against attention. The authors' engine uses 0.5; a reference implementation of theirs
         takes the share of keys to be removed.
     chunk: positions in a chunk of non-causal attention.
-    scale: multiplies the products of queries and keys there. The authors' programs use 1, not the model's scaling, which
-        sharpens attention until nearly every query votes for one key; None is the model's.
+    scale: multiplies the products of queries and keys there. The authors' programs use 1, which makes attention sharper
+        than the model's own by head_dim ** 0.5; None takes the model's scaling.
     kernel: keys that attention is pooled over, odd.
     unrotate: take keys before rotation. Without it (for models whose rotary embedding is not known, or that have none)
         they are taken as they are cached.
