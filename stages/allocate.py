@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress.analysis.price_data import price_rows
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import load_statistics
@@ -28,6 +29,7 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="Folder of plans, one folder a model.")] = Path("reports/plans"),
     report: Annotated[Path | None, typer.Option(help="Prices beside classes, as text [default: none].")] = None,
     metrics: Annotated[Path | None, typer.Option(help="What is expected of every plan, as JSON.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="The price of every KV head, as JSON for plots.")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="25%, '512 tokens' or '40 MB', instead of params'.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policies instead of params'.")] = None,
     balance: Annotated[float | None, typer.Option(help="Nats a token that finding every far fact is worth.")] = None,
@@ -64,6 +66,8 @@ def main(
             for label, best in expected.items()
         }
         write_json(metrics, rows)
+    if prices:
+        write_json(prices, price_rows(sensitivity))
     if report:
         statistics = load_statistics(data_dir / "head_statistics.json")
         held = {label: best.held for label, best in expected.items()}

@@ -10,7 +10,8 @@ from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.statistics import compute_statistics
 from kvcompress.evaluation.ablation import metrics, run_ablation
-from kvcompress.evaluation.ablation_plots import pareto_data, save_ablation_plots
+from kvcompress.evaluation.ablation_data import pareto_data
+from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
 from kvcompress.facts import make_cases

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
+from kvcompress.analysis.price_data import near_window
 from kvcompress.analysis.report import REFINED, RULE, model_lines, section
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import StatisticsFile
@@ -27,7 +28,7 @@ def price_report(
     """
     info, heads = statistics.model_info, sensitivity.layers * sensitivity.kv_heads
     group = len(classes) // heads
-    near = int(np.searchsorted(sensitivity.windows, min(128, sensitivity.windows[-1])))
+    near = near_window(sensitivity)
     price = sensitivity.prices()[near].reshape(-1) * 1000
     carried = sensitivity.retrieval.mean(0).reshape(-1)
     kinds = [[head.head_type for head in classes[i * group : (i + 1) * group]] for i in range(heads)]

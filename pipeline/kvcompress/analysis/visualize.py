@@ -14,23 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kvcompress.analysis.class_style import LABELS, STYLE
 from kvcompress.analysis.statistics import TAIL_EDGES, HeadStatistics
 from kvcompress.artifacts import atomic_path
 from kvcompress.heads import HeadClassification, HeadType, ModelInfo
 from kvcompress.params.analysis import ThresholdParams
 
-# class -> (colour, marker), in the order of every legend
-STYLE: dict[HeadType, tuple[str, str]] = {
-    HeadType.SINK_POSITIONAL: ("#0072B2", "o"),
-    HeadType.POSITIONAL: ("#0072B2", "p"),
-    HeadType.TRUE_POSITIONAL: ("#CC79A7", "D"),
-    HeadType.SINK_MIXED: ("#56B4E9", "s"),
-    HeadType.GATHERING: ("#D55E00", "^"),
-    HeadType.MIXED: ("#E69F00", "v"),
-    HeadType.DEAD: ("#000000", "X"),
-}
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}
-LABELS = {kind: kind.value.replace("_", "-") for kind in HeadType}
 
 Heads = Sequence[HeadStatistics]
 Classes = Sequence[HeadClassification]

@@ -1,0 +1,51 @@
+"""What the figures of an ablation are drawn of: colours, quality against bytes, and where facts are still found."""
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from typing import Any
+
+# Okabe and Ito's colours, and a marker each
+STYLE = {
+    "full": ("#000000", "*"),
+    "uniform sink + window": ("#0072B2", "o"),
+    "window only": ("#D55E00", "v"),
+    "class table": ("#009E73", "s"),
+    "random": ("#999999", "x"),
+    "inverted": ("#CC79A7", "+"),
+    "priced": ("#009E73", "s"),
+    "retrieval_heads": ("#E69F00", "D"),
+    "class_table_scaled": ("#56B4E9", "P"),
+    "inverse": ("#CC79A7", "+"),
+    "per layer": ("#E69F00", "D"),
+    "fix_size_l2": ("#56B4E9", "^"),
+    "l2_compress": ("#F0E442", "^"),
+}
+OTHER = ("#666666", ".")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def pareto_data(rows: Rows) -> list[dict[str, Any]]:
+    """One row a contender: bytes, perplexity and the bounds that the interval of ΔNLL to the full cache gives it."""
+    full = next(row for row in rows if row["family"] == "full")["perplexity"]
+    found = []
+    for row in sorted(rows, key=lambda row: (row["family"], row["share"])):
+        change = row["nll_over_full"]
+        bounds = {name: round(full * exp(change[name]), 4) for name in ("low", "high")}
+        found.append(
+            {"method": row["family"], "name": row["name"], "share": row["share"]}
+            | {"perplexity": row["perplexity"]}
+            | bounds
+        )
+    return found
+
+
+def retrieval_data(rows: Rows) -> list[dict[str, Any]]:
+    """One row a contender, task, length and depth: the share of cases answered."""
+    return [
+        {"name": row["name"], "task": task, "length": cell["length"], "depth": cell["depth"]}
+        | {"answered": round(cell["correct"] / cell["total"], 4), "cases": cell["total"]}
+        for row in rows
+        for task, result in row["retrieval"].items()
+        for cell in result["grid"]
+    ]
