@@ -13,3 +13,13 @@ STYLE: dict[HeadType, tuple[str, str]] = {
     HeadType.DEAD: ("#000000", "X"),
 }
 LABELS = {kind: kind.value.replace("_", "-") for kind in HeadType}
+# a letter for every class, so that a map can be read without its colours
+LETTERS = {
+    HeadType.SINK_POSITIONAL: "s",
+    HeadType.POSITIONAL: "p",
+    HeadType.TRUE_POSITIONAL: "t",
+    HeadType.SINK_MIXED: "x",
+    HeadType.GATHERING: "G",
+    HeadType.MIXED: "m",
+    HeadType.DEAD: ".",
+}

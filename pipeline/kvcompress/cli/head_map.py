@@ -6,18 +6,19 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from kvcompress.analysis.class_style import LETTERS
 from kvcompress.heads import ClassificationFile, HeadType
 from kvcompress.plan import RetentionPlan
 
-# A letter for every class, and Okabe and Ito's colours, which colour-blind readers can tell apart.
-LETTERS = {
-    HeadType.SINK_POSITIONAL: ("s", "#56B4E9"),
-    HeadType.TRUE_POSITIONAL: ("t", "#0072B2"),
-    HeadType.POSITIONAL: ("p", "#0072B2"),
-    HeadType.SINK_MIXED: ("x", "#E69F00"),
-    HeadType.GATHERING: ("G", "#D55E00"),
-    HeadType.MIXED: ("m", "#009E73"),
-    HeadType.DEAD: (".", "#999999"),
+# Okabe and Ito's colours, which colour-blind readers can tell apart, as bright as a dark terminal needs
+COLOURS = {
+    HeadType.SINK_POSITIONAL: "#56B4E9",
+    HeadType.TRUE_POSITIONAL: "#0072B2",
+    HeadType.POSITIONAL: "#0072B2",
+    HeadType.SINK_MIXED: "#E69F00",
+    HeadType.GATHERING: "#D55E00",
+    HeadType.MIXED: "#009E73",
+    HeadType.DEAD: "#999999",
 }
 SHADES = " .:-=+*#%@"  # ten steps, readable without colour
 
@@ -29,15 +30,13 @@ def class_map(file: ClassificationFile, console: Console | None = None) -> None:
     for i, layer in enumerate(file.layers):
         row = Text(f"{i:>5}  ")
         for head in layer:
-            letter, colour = LETTERS[head.head_type]
-            row.append(f"{letter} ", style=colour)
+            row.append(f"{LETTERS[head.head_type]} ", style=COLOURS[head.head_type])
         out.print(row)
-    used = [kind for kind in LETTERS if any(head.head_type is kind for head in file.classifications)]
+    used = [kind for kind in COLOURS if any(head.head_type is kind for head in file.classifications)]
     legend = Text("\n")
     for kind in used:
-        letter, colour = LETTERS[kind]
         count = sum(head.head_type is kind for head in file.classifications)
-        legend.append(f"{letter} {kind.value} {count}   ", style=colour)
+        legend.append(f"{LETTERS[kind]} {kind.value} {count}   ", style=COLOURS[kind])
     out.print(legend)
 
 

@@ -2,19 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from kvcompress.evaluation.intervals import CONFIDENCE
 
+Outcome = Literal["wins", "loses", "even", "not comparable"]
 EQUAL = 0.01  # bytes may differ by this share and still count as equal
 
 
-def verdict(row: Mapping[str, Any]) -> str | None:
-    """One sentence: who wins at the same bytes, by how much, how surely; None without a rival."""
+def outcome(row: Mapping[str, Any]) -> Outcome | None:
+    """How a row does against its rival at the same bytes; None without a rival."""
     rival = row.get("rival")
     if not rival:
         return None
     if abs(rival["bytes"] - 1) > EQUAL:
+        return "not comparable"
+    change = rival["nll_over_rival"]
+    return "loses" if change["low"] > 0 else "wins" if change["high"] < 0 else "even"
+
+
+def verdict(row: Mapping[str, Any]) -> str | None:
+    """One sentence: who wins at the same bytes, by how much, how surely; None without a rival."""
+    found = outcome(row)
+    if found is None:
+        return None
+    rival = row["rival"]
+    if found == "not comparable":
         return f"{row['name']} and {rival['name']} are not comparable: bytes {rival['bytes']:.3f} to 1."
     change = rival["nll_over_rival"]
     ratio = row["perplexity"] / rival["perplexity"]
@@ -23,9 +36,9 @@ def verdict(row: Mapping[str, Any]) -> str | None:
         f"bytes (ratio {ratio:.3f}; ΔNLL {change['mean']:+.4f}, {CONFIDENCE:.0%} interval {change['low']:+.4f} to "
         f"{change['high']:+.4f})"
     )
-    if change["low"] > 0:
+    if found == "loses":
         return f"{row['name']} LOSES to {rival['name']}: {numbers}."
-    if change["high"] < 0:
+    if found == "wins":
         return f"{row['name']} wins against {rival['name']}: {numbers}."
     return f"{row['name']} and {rival['name']} cannot be told apart: {numbers}."
 
