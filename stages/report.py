@@ -34,7 +34,7 @@ def main(
     require_same_model(statistics, classes, path)
     info = statistics.model_info
     prices = load_prices(reports_dir / "plots/prices.json")
-    plans = load_plans(reports_dir / "plans" / (info.model_id or "unknown").replace("/", "--"))
+    plans = load_plans(reports_dir / "plans" / (info.model_id or "unknown").replace("/", "--"), context)
     require_same_heads(prices, plans, info.num_layers, info.num_heads)
     benchmark = reports_dir / "benchmark.json"
     page = document(

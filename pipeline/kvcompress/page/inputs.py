@@ -8,7 +8,6 @@ from kvcompress.errors import InputError
 from kvcompress.plan import RetentionPlan
 
 POLICY = "priced"
-FAR = 2**20  # tokens, to order plans by what they hold
 PRICE_FIELDS = {"layer", "kv_head", "price", "facts", "sinks", "window"}
 
 
@@ -26,8 +25,8 @@ def load_prices(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def load_plans(folder: str | Path) -> dict[str, RetentionPlan]:
-    """The plans of POLICY in a folder, smallest first: `25%` -> plan; other budgets than shares by their file's label.
+def load_plans(folder: str | Path, context: int) -> dict[str, RetentionPlan]:
+    """The plans of POLICY in a folder, smallest at `context` tokens first: `25%` -> plan; others by their file's label.
 
     Raises `InputError` where there is none.
     """
@@ -37,17 +36,14 @@ def load_plans(folder: str | Path) -> dict[str, RetentionPlan]:
         found[f"{label}%" if "share" in plan.budget and label.replace(".", "").isdigit() else label] = plan
     if not found:
         raise InputError(f"{folder} holds no plan of the policy {POLICY!r}")
-    return dict(sorted(found.items(), key=lambda item: (item[1].held(FAR), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[1].held(context), item[0])))
 
 
 def load_results(path: str | Path) -> list[dict[str, Any]]:
     """A report's results, a list of `{"model", "environment", "settings", "rows"}`. Raises `InputError` otherwise."""
     results = read_json(path)
     wanted = {"model", "environment", "settings", "rows"}
-    if (
-        not isinstance(results, list)
-        or not results
-        or any(not isinstance(one, dict) or not wanted <= set(one) for one in results)
-    ):
+    complete = isinstance(results, list) and all(isinstance(one, dict) and wanted <= set(one) for one in results)
+    if not complete or not results:
         raise InputError(f"{path} holds no results: expected a list of entries with {', '.join(sorted(wanted))}")
     return results

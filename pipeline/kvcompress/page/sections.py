@@ -169,13 +169,7 @@ def facts(plans: Sequence, ablation: Sequence) -> list[Html | None]:
 def measured(inputs: Inputs) -> list[Html | None]:
     info, rows = inputs.statistics.model_info, []
     named = [("plans", inputs.comparison), ("ablation", inputs.ablation), ("benchmark", inputs.benchmark or [])]
-    fields = {
-        "device": "device",
-        "threads": "threads",
-        "dtype": "number type",
-        "torch": "torch",
-        "transformers": "transformers",
-    }
+    fields = ("device", "threads", "dtype", "torch", "transformers")
     for name, results in named:
         rows += [[name, *(str(result["environment"].get(key, "–")) for key in fields)] for result in results[:1]]
     amount = (
@@ -188,5 +182,5 @@ def measured(inputs: Inputs) -> list[Html | None]:
     words = [("Heads", heads), ("Plans", origin(inputs.comparison[0])), ("Ablation", origin(inputs.ablation[0]))]
     return [
         *(prose(tag("strong", f"{title}: "), text) for title, text in words),
-        table(["results", *fields.values()], rows, "Machines and versions"),
+        table(["results", *fields], rows, "Machines and versions"),
     ]

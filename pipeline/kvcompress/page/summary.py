@@ -10,7 +10,7 @@ from kvcompress.page.markup import Html, details, tag
 WORDS = {
     "wins": ("▲", "wins"),
     "loses": ("▼", "loses"),
-    "even": ("=", "cannot be told apart"),
+    "even": ("=", "even"),
     "not comparable": ("?", "not comparable"),
 }
 
@@ -29,10 +29,10 @@ def found_facts(row: Mapping[str, Any]) -> str:
 
 def card(row: Mapping[str, Any], rival: Mapping[str, Any], full: Mapping[str, Any]) -> Html:
     """One plan, the uniform cache of its bytes, and the full cache: perplexity and facts found."""
-    header = tag("tr", tag("td"), (tag("th", name, scope="col") for name in ("perplexity", "facts found")))
+    header = tag("tr", tag("td"), (tag("th", name, scope="col") for name in ("perplexity", "facts")))
     lines = [
         tag("tr", tag("th", name, scope="row"), tag("td", f"{one['perplexity']:.2f}"), tag("td", found_facts(one)))
-        for name, one in ((row["family"], row), ("same for all heads", rival), ("full cache", full))
+        for name, one in ((row["family"], row), ("uniform", rival), ("full cache", full))
     ]
     return tag(
         "article",
