@@ -18,26 +18,28 @@ def heat_maps(rows: Rows) -> Html:
 
 
 def heat_map(rows: Rows, task: str) -> Html:
-    """One task as a table of coloured cells: found of asked, all context lengths together."""
-    depths = sorted({cell["depth"] for cell in rows[0]["retrieval"][task]["grid"]})
-    header = [tag("th", "depth", scope="col"), *(tag("th", f"{depth:.0%}", scope="col") for depth in depths)]
-    header.append(tag("th", "all", scope="col"))
+    """One task as a table of coloured cells: facts found, all context lengths together."""
+    grid = rows[0]["retrieval"][task]["grid"]
+    depths = sorted({cell["depth"] for cell in grid})
+    asked = sum(cell["total"] for cell in grid if cell["depth"] == depths[0])
+    header = [tag("th", name, scope="col") for name in ("depth", *(f"{depth:.0%}" for depth in depths), "all")]
     body = []
     for row in rows:
         found = row["retrieval"][task]
         cells = [tag("th", row["name"], scope="row")]
         for depth in depths:
             here = [cell for cell in found["grid"] if cell["depth"] == depth]
-            cells.append(score(sum(cell["correct"] for cell in here), sum(cell["total"] for cell in here)))
+            correct, total = sum(cell["correct"] for cell in here), sum(cell["total"] for cell in here)
+            cells.append(score(correct, total, str(correct), f"{correct} of {total}"))
         interval = f"between {found['low']:.0%} and {found['high']:.0%} with 95% confidence"
-        cells.append(score(found["correct"], found["total"], interval))
+        cells.append(score(found["correct"], found["total"], f"{found['correct']}/{found['total']}", interval))
         body.append(tag("tr", cells))
-    caption = tag("caption", tag("strong", task), f" {TASKS[task]}" if task in TASKS else None)
+    words = f" {TASKS[task]};" if task in TASKS else ""
+    caption = tag("caption", tag("span", tag("strong", task), f"{words} found of {asked} at each depth"))
     shown = tag("table", caption, tag("thead", tag("tr", header)), tag("tbody", body), class_="heat")
     return tag("div", shown, class_="scroll", tabindex=0, role="region", aria_label=f"facts found: {task}")
 
 
-def score(correct: int, total: int, said: str = "") -> Html:
+def score(correct: int, total: int, written: str, said: str) -> Html:
     colour = cividis(correct / total)
-    written = f"{correct}/{total}"
-    return tag("td", written, style=f"background:{colour};color:{ink_on(colour)}", title=said or None)
+    return tag("td", written, style=f"background:{colour};color:{ink_on(colour)}", title=said)

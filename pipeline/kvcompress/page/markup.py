@@ -64,7 +64,7 @@ def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str
     head = tag("thead", tag("tr", (tag("th", name, scope="col") for name in names)))
     return tag(
         "div",
-        tag("table", tag("caption", caption), head, tag("tbody", body)),
+        tag("table", tag("caption", tag("span", caption)), head, tag("tbody", body)),
         class_="scroll",
         tabindex=0,
         role="region",

@@ -20,15 +20,22 @@ function textOf(map, index) {
   return [`layer ${layer}, ${KINDS[map.dataset.rows]} ${head}`, ...lines].join("\n");
 }
 
-function show(text, box, aloud) {
+let anchor = null;
+
+function place() {
+  const box = anchor.getBoundingClientRect(), { width, height } = tip.getBoundingClientRect();
+  const left = Math.min(box.left + box.width / 2 - width / 2, document.documentElement.clientWidth - width - 8);
+  const above = box.top - height - 10;
+  tip.style.left = `${Math.max(left, 8)}px`;
+  tip.style.top = `${above > 4 ? above : box.bottom + 10}px`;
+}
+
+function show(text, element, aloud) {
   tip.textContent = text;
   tip.hidden = !text;
+  anchor = element;
   if (aloud) said.textContent = text;
-  const { width, height } = tip.getBoundingClientRect();
-  const left = Math.min(Math.max(box.left + box.width / 2 - width / 2, 8), document.documentElement.clientWidth - width - 8);
-  const above = box.top - height - 10;
-  tip.style.left = `${left}px`;
-  tip.style.top = `${above > 4 ? above : box.bottom + 10}px`;
+  place();
 }
 
 function hide() {
@@ -38,9 +45,10 @@ function hide() {
 
 function choose(map, index, aloud) {
   hide();
+  if (!cellsOf(map)[index]) return;
   map.dataset.at = index;
   for (const other of maps) if (other.dataset.rows === map.dataset.rows) cellsOf(other)[index]?.classList.add("here");
-  show(textOf(map, index), cellsOf(map)[index].getBoundingClientRect(), aloud);
+  show(textOf(map, index), cellsOf(map)[index], aloud);
 }
 
 for (const map of maps) {
@@ -65,22 +73,21 @@ for (const map of maps) {
 }
 
 for (const point of document.querySelectorAll("[data-tip]")) {
-  const here = () => show(point.dataset.tip, point.firstElementChild.getBoundingClientRect(), false);
+  const here = () => show(point.dataset.tip, point.firstElementChild, false);
   for (const name of ["pointerenter", "focus", "click"]) point.addEventListener(name, here);
   for (const name of ["pointerleave", "blur"]) point.addEventListener(name, hide);
 }
 
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-document.addEventListener("scroll", hide, { passive: true });
+document.addEventListener("scroll", () => { if (!tip.hidden) place(); }, { passive: true, capture: true });
 
-// A link to #q3-4 shows layer 3, query head 4.
+// A link to #head-q3-4 shows layer 3, query head 4.
 function fromAddress() {
-  const row = document.getElementById(location.hash.slice(1));
-  const place = /^#([qk])(\d+)-(\d+)$/.exec(location.hash);
+  const place = /^#head-([qk])(\d+)-(\d+)$/.exec(location.hash);
   const map = place && maps.find((one) => one.dataset.rows === place[1]);
-  if (!row || !map) return;
+  if (!map || Number(place[3]) >= Number(map.dataset.heads)) return;
   map.scrollIntoView({ block: "center", behavior: "instant" });
-  requestAnimationFrame(() => setTimeout(() => choose(map, Number(place[2]) * Number(map.dataset.heads) + Number(place[3]), true), 50));
+  choose(map, Number(place[2]) * Number(map.dataset.heads) + Number(place[3]), true);
 }
 window.addEventListener("hashchange", fromAddress);
 fromAddress();

@@ -61,7 +61,7 @@ def contender_table(rows: Rows, caption: str) -> Html:
         cells += [f"{row['kl']:.4f}", f"{row['accuracy']:.1%}"]
         cells += [f"{row['retrieval'][task]['correct']}/{row['retrieval'][task]['total']}" for task in tasks]
         shown.append(cells)
-    return details("All contenders as a table", table(header, shown, caption))
+    return details(f"{caption}, as a table", table(header, shown, caption))
 
 
 def verdicts(rows: Rows) -> list[str]:

@@ -61,16 +61,18 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def quality(plans: Sequence, ablation: Sequence) -> list[Html | None]:
-    pair = tag("div", pareto(plans, "Plans by price and their rivals"), pareto(ablation, "Windows, sinks, class table"),
-               class_="pair")  # fmt: skip
+    charts = (
+        pareto(plans, "Plans and uniform caches of the same bytes"),
+        pareto(ablation, "Windows, sinks, class table"),
+    )
     return [
         prose(
             "Lower and further left is better. Bars are 95% intervals of the difference to the full cache, which is the "
-            "dotted line. The two charts are of texts of different length and not to be compared with each other."
+            "dotted line. Each chart has texts of its own: compare within one."
         ),
-        pair,
-        contender_table(plans, "Plans and the uniform caches of the same bytes"),
-        contender_table(ablation, "Windows, sinks, the class table and its controls"),
+        tag("div", charts, class_="pair"),
+        contender_table(plans, "Plans and their rivals"),
+        contender_table(ablation, "Windows, sinks and the class table"),
     ]
 
 
@@ -103,7 +105,7 @@ def look(inputs: Inputs) -> list[Html | None]:
     if len(scores) == len(induction):
         top = max(scores) or 1.0
         maps.append(number_map("q", layers(scores), Scale(0.0, top, "root"), "Induction",
-                               "attention on what followed before (root scale)", "{:.2f}".format))  # fmt: skip
+                               "score (root scale)", "{:.2f}".format))  # fmt: skip
     ids = [row_id("q", head.layer_idx, head.head_idx) for head in heads]
     rows = query_rows(heads, inputs.classes)
     return [
@@ -122,7 +124,7 @@ def worth(inputs: Inputs) -> list[Html | None]:
     kept = f"{prices[0]['sinks']} sinks and a window of {prices[0]['window']}"
     maps = [
         number_map("k", price, spread(price), "Price on text", "1/1000 nat a token (root scale)"),
-        number_map("k", carried, spread(carried), "Facts carried", "nats a token of an answer (root scale)"),
+        number_map("k", carried, spread(carried), "Facts carried", "nats an answer token (root scale)"),
     ]
     held = {
         size: [[float(kept.held(context)) for kept in row] for row in plan.layers]

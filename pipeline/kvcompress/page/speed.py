@@ -6,7 +6,7 @@ from typing import Any
 from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation_data import OTHER, STYLE
 from kvcompress.page.chart import Axis, Point, Series, chart
-from kvcompress.page.markup import Html, joined, number, table, tag
+from kvcompress.page.markup import Html, number, table, tag
 from kvcompress.page.scale import Scale, linear_ticks
 
 Results = Sequence[Mapping[str, Any]]
@@ -31,7 +31,7 @@ LINES = (
 def speed(results: Results) -> Html:
     """All results of a benchmark. Raises `InputError` where a number is missing."""
     try:
-        return joined(part for result in results for part in (bars(result), growth(result.get("growth") or [])))
+        return tag("div", ((bars(result), growth(result.get("growth") or [])) for result in results), class_="speed")
     except (KeyError, TypeError) as error:
         raise InputError(f"the benchmark's results have no {error}") from error
 

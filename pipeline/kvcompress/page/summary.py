@@ -24,7 +24,7 @@ def badge(row: Mapping[str, Any]) -> Html:
 
 def found_facts(row: Mapping[str, Any]) -> str:
     results = row["retrieval"].values()
-    return f"{sum(result['correct'] for result in results)} of {sum(result['total'] for result in results)}"
+    return f"{sum(result['correct'] for result in results)}/{sum(result['total'] for result in results)}"
 
 
 def card(row: Mapping[str, Any], rival: Mapping[str, Any], full: Mapping[str, Any]) -> Html:
@@ -52,9 +52,7 @@ def cards(rows: Rows, family: str = "priced") -> Html | None:
 
 def sentences(rows: Sequence[Mapping[str, Any]]) -> Html:
     """The verdicts of these rows as a list."""
-    items = [
-        tag("li", badge(row), " ", tag("span", verdict(row), class_="verdict")) for row in rows if row.get("rival")
-    ]
+    items = [tag("li", badge(row), tag("span", verdict(row), class_="verdict")) for row in rows if row.get("rival")]
     return tag("ul", items, class_="verdicts")
 
 
