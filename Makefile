@@ -4,12 +4,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro test setup lock clean
+.PHONY: help repro test setup lock plots-page clean
 help:
 	@echo "make repro   set up .venv, then run every stage that is not up to date (dvc repro)"
 	@echo "make test    set up .venv, then lint, type check and test"
 	@echo "make setup   only set up .venv from requirements.lock"
 	@echo "make lock    write requirements.lock anew from pyproject.toml"
+	@echo "make plots-page  write .dvc/plots/page.html anew, in which dvc plots works without a network (needs npm)"
 	@echo "make clean   remove .venv and tool caches (results stay)"
 
 repro: setup
@@ -47,6 +48,10 @@ lock:
 	  { echo "# Made by 'make lock': what the pipeline and its tests were run with."; \
 	    $$scratch/bin/pip freeze --exclude kvcompress | sed -E 's/^torch==([0-9.]+).*/torch==\1/'; } > requirements.lock; \
 	  rm -rf $$scratch build; head -1 requirements.lock
+
+plots-page:
+	@scratch=$$(mktemp -d) && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $$scratch \
+	  vega@5.33.1 vega-lite@5.23.0 vega-embed@6.29.0 && python3 .dvc/plots/bundle.py $$scratch; rm -rf $$scratch
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
