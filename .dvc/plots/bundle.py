@@ -31,6 +31,13 @@ PAGE = """<!DOCTYPE html>
 <title>DVC plots</title>
 <style>STYLE</style>
 SCRIPTS
+<script>
+{
+  // Pictures that a screen reader can walk through, and no link to an editor on the network.
+  const embed = vegaEmbed;
+  vegaEmbed = (place, spec) => embed(place, spec, { renderer: "svg", actions: { editor: false } });
+}
+</script>
 </head>
 <body>
 <main>
