@@ -11,10 +11,27 @@ import pytest
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=5000 --host-resolver-rules=MAP_*_~NOTFOUND"
-)
+FLAGS = [
+    *(
+        [
+            "--headless",
+            "--hide-scrollbars",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
+    ),
+    *(
+        [
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--virtual-time-budget=5000",
+        ]
+    ),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+]
 
 
 class Shown(NamedTuple):
@@ -42,8 +59,12 @@ def host(url: str) -> str:
 def opened(page: Path, scratch: Path, width: int, height: int, fragment: str) -> Shown:
     assert BROWSER
     log = scratch / "requests.json"
-    flags = [flag.replace("_", " ") if "MAP" in flag else flag for flag in FLAGS.split()]
-    flags += [f"--user-data-dir={scratch / 'profile'}", f"--log-net-log={log}", f"--window-size={width},{height}"]
+    flags = [
+        *FLAGS,
+        f"--user-data-dir={scratch / 'profile'}",
+        f"--log-net-log={log}",
+        f"--window-size={width},{height}",
+    ]
     command = [BROWSER, *flags, "--dump-dom", page.resolve().as_uri() + fragment]
     result = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr.decode(errors="replace")[-2000:]

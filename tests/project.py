@@ -18,6 +18,7 @@ PROJECT = (
     "params.yaml",
     ".dvcignore",
     ".dvc/config",
+    ".dvc/plots",
     ".dvc/.gitignore",
     ".gitignore",
 )

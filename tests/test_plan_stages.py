@@ -28,7 +28,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ANALYSIS:
         stage(folder, *name.split())
     stage(folder, "measure_sensitivity")
-    stage(folder, "allocate", "--report", "reports/price_report.txt", "--metrics", "reports/metrics/plans.json")
+    flags = {"report": "price_report.txt", "metrics": "metrics/plans.json", "prices": "plots/prices.json"}
+    stage(folder, "allocate", *(part for name, file in flags.items() for part in (f"--{name}", f"reports/{file}")))
     return folder
 
 
@@ -52,6 +53,16 @@ def test_metrics_say_what_is_expected(project: Path) -> None:
     assert list(expected) == ["6.25", "12.5", "25", "50"]
     divergence = [row["expected_divergence"] for row in expected.values()]
     assert divergence == sorted(divergence, reverse=True)
+
+
+def test_prices_of_all_heads_are_plot_data(project: Path) -> None:
+    rows = json.loads((project / "reports/plots/prices.json").read_text())
+    sensitivity = Sensitivity.load(project / "data/head_sensitivity.safetensors")
+    assert [(row["layer"], row["kv_head"]) for row in rows] == [(i, j) for i in range(2) for j in range(2)]
+    assert {(row["sinks"], row["window"]) for row in rows} == {(4, 64)}
+    price, facts = 1000 * sensitivity.prices()[1], sensitivity.retrieval.mean(0)
+    assert [row["price"] for row in rows] == pytest.approx(price.reshape(-1), abs=6e-5)
+    assert [row["facts"] for row in rows] == pytest.approx(facts.reshape(-1), abs=6e-5)
 
 
 def test_prices_stand_beside_classes(project: Path) -> None:

@@ -93,7 +93,7 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     span = high - low
     step = 10.0 ** ceil(log10(span / most))
     for part in (5, 2):
-        if span / (step / part) < most:
+        if span / (step / part) <= most:
             step /= part
             break
     return [i * step for i in range(ceil(low / step - 1e-9), int(high / step + 1e-9) + 1)]
