@@ -163,8 +163,9 @@ def test_a_threshold_reruns_only_what_depends_on_it(project: Path) -> None:
         project, "dvc", "exp", "run", "-S", f"thresholds.sink={value}", "-S", "thresholds.high_entropy=9.0"
     ).stdout
     kept = {"prepare", "collect_attention", "compute_stats", "measure_sensitivity", "ablate_uniform"}
-    assert skipped(output) == kept
-    assert ran(output) == set(STAGES) - kept
+    # the plans that are compared here do not look at classes: if even the seconds are the same, there is nothing to plot
+    assert kept <= skipped(output) <= kept | {"plot_plans"}
+    assert ran(output) == set(STAGES) - skipped(output)
     after = json.loads((project / "reports/metrics/classes.json").read_text())
     assert after != before
     metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json").stdout)

@@ -46,7 +46,7 @@ def frame(kind: str, title: str, height: float, layers: int, heads: int, cells: 
         aria_label=label,
         data_rows=kind,
         data_heads=heads,
-        style=f"min-width:min(100%,{min(LEFT + layers * STEP, 620)}px)",
+        style=f"min-width:{LEFT + 7 * layers}px;max-width:{LEFT + 24 * layers}px",
     )
 
 
@@ -57,6 +57,11 @@ def figure(picture: Html, title: str, legend: Html, note: str = "") -> Html:
 
 def cell(layer: int, head: int, height: float, colour: str) -> Html:
     return tag("rect", x=LEFT + layer * STEP, y=head * height, width=STEP - 1, height=height - 1, fill=colour)
+
+
+def side_by_side(maps: Sequence[Html], layers: int) -> Html:
+    """As many maps in a row as have room; a deep model's need more of it."""
+    return tag("div", maps, class_="maps", style=f"--map:{max(21 * 16, LEFT + 9 * layers)}px")
 
 
 def class_map(kinds: Sequence[Sequence[HeadType]], title: str, note: str) -> Html:

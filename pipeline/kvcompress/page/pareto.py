@@ -36,6 +36,8 @@ def pareto(rows: Rows, title: str) -> Html:
         ]
         series.append(Series(NAMES.get(method, method), colour, shape, points, method in JOINED))
     shares = [(share, f"{100 * share:g}") for share in SHARES if across.low <= share <= across.high]
+    if len(shares) < 2:
+        shares = [(share, f"{100 * share:g}") for share in log_ticks(across.low, across.high, 4)]
     x = Axis("bytes held, % of the full cache (log scale)", across, shares)
     y = Axis("perplexity (log scale)", up, [(value, f"{value:g}") for value in log_ticks(up.low, up.high)])
     full = next(row["perplexity"] for row in data if row["method"] == "full")

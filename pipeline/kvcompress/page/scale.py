@@ -70,7 +70,10 @@ def ink_on(colour: str) -> str:
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers between `low` and `high`: 1, 2, 5 times powers of ten, or more of them where these are few."""
+    """Round numbers between `low` and `high`: 1, 2, 5 times powers of ten, or more of them where these are few.
+
+    Where the two are close, the ticks are those of a linear scale.
+    """
     for steps in (
         (1,),
         (1, 2, 5),
@@ -84,8 +87,8 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
             if low <= step * 10.0**power <= high
         ]
         if len(found) >= 4:
-            break
-    return thinned(found, most)
+            return thinned(found, most)
+    return linear_ticks(low, high, most)
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -7,7 +7,7 @@ from kvcompress.analysis.statistics import StatisticsFile
 from kvcompress.evaluation.ablation_report import origin
 from kvcompress.heads import HeadClassification
 from kvcompress.page.facts import heat_maps
-from kvcompress.page.head_map import class_map, number_map, row_id
+from kvcompress.page.head_map import class_map, number_map, row_id, side_by_side
 from kvcompress.page.heads import QUERY_HEADER, Plans, Prices, grid, price_header, price_table, query_rows
 from kvcompress.page.markup import Html, details, table, tag
 from kvcompress.page.pareto import contender_table, pareto
@@ -113,7 +113,7 @@ def look(inputs: Inputs) -> list[Html | None]:
             "Every cell is a query head. Point at one, or reach a map with the Tab key and walk with the arrow keys: what "
             "is known of the head appears, and the same head is marked in all maps of this kind."
         ),
-        tag("div", maps, class_="maps"),
+        side_by_side(maps, info.num_layers),
         details(f"All {len(rows)} query heads as a table", table(QUERY_HEADER, rows, "Query heads", ids)),
     ]
 
@@ -144,7 +144,7 @@ def worth(inputs: Inputs) -> list[Html | None]:
             f"{kept}; what it carries is its part in the answers to questions about facts far away. Slots are what the "
             f"policy priced gives it at each budget, after {context:,} tokens."
         ),
-        tag("div", maps, class_="maps"),
+        side_by_side(maps, len(price)),
         details(
             f"All {len(rows)} KV heads as a table", table(price_header(prices, inputs.plans), rows, "KV heads", ids)
         ),
