@@ -73,7 +73,7 @@ def growth(rows: Sequence[Row]) -> Html | None:
         series.append(Series(name, colour, shape, points, line=True))
     x = Axis("tokens of context", Scale(0, contexts[-1] * 1.04), [(value, f"{value:,}") for value in contexts])
     y = Axis("milliseconds a token", Scale(0, top), [(value, f"{value:g}") for value in linear_ticks(0, top)])
-    return chart("A decoded token at growing context (batch 1)", x, y, series)
+    return chart("A decoded token at growing context (batch 1; bars: 10th to 90th percentile)", x, y, series)
 
 
 def tip(row: Row) -> str:
