@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Keys a block at most, programs a multiprocessor, warps of each, and stages of the pipeline that loads ahead.
+    """Keys a block, programs a multiprocessor, warps of each, and stages of the pipeline that loads ahead.
 
     None of it changes a result beyond rounding. A CPU (triton's interpreter) counts as one multiprocessor.
     """
@@ -34,6 +34,14 @@ class Tuning:
     programs_per_processor: int = 2
     warps: int = 4
     stages: int = 3
+
+    @classmethod
+    def fitting(cls, bytes_a_key: int) -> "Tuning":
+        """The default, with blocks so small that two programs fit a multiprocessor's shared memory."""
+        block = cls.block
+        while block > 16 and block * bytes_a_key * (cls.stages - 1) > SHARED_MEMORY:
+            block //= 2
+        return cls(block)
 
 
 class Part(NamedTuple):
@@ -132,7 +140,7 @@ def decode(
     pads: Tensor | None = None,
     scale: float | None = None,
     scratch: Scratch | None = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
 ) -> tuple[Tensor, Scratch]:
     """Softmax attention of one query a row, `[batch, query_head, head_dim]` -> `[batch, query_head, value_size]`.
 
@@ -146,6 +154,11 @@ def decode(
     batch, query_heads, size = query.shape
     heads, device = table.shape[0], query.device
     group = query_heads // heads
+    key_large, key_small = _halves(size)
+    # With fewer columns than rows in a product triton lets all warps do the same work.
+    value_large, value_small = _halves(value_size, least=32)
+    if tuning is None:
+        tuning = Tuning.fitting((key_large + key_small + value_large + value_small) * query.element_size())
     programs = processors(device) * tuning.programs_per_processor
     needs = 2 * programs * group * value_size, 4 * programs * group, batch * heads
     if scratch is None or not scratch.fits(*needs):
@@ -154,13 +167,6 @@ def decode(
         query = query.contiguous()
     out = torch.empty(batch, query_heads, value_size, dtype=query.dtype, device=device)
     span = _power(group)
-    key_large, key_small = _halves(size)
-    # With fewer columns than rows in a product triton lets all warps do the same work.
-    value_large, value_small = _halves(value_size, least=32)
-    # Two programs must fit a multiprocessor's shared memory.
-    block, bytes_a_key = tuning.block, (key_large + key_small + value_large + value_small) * query.element_size()
-    while block > 16 and block * bytes_a_key * (tuning.stages - 1) > SHARED_MEMORY:
-        block //= 2
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel().decode_heads[(programs,)](
             query,
@@ -181,7 +187,7 @@ def decode(
             VALUE_SIZE=value_size,
             PADDED=pads is not None,
             WIDE=device.type == "cpu",
-            BLOCK=block,
+            BLOCK=tuning.block,
             ROWS=max(span, 16),
             SPAN=span,
             HEADS_SPAN=_power(heads),
