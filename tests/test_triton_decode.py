@@ -17,6 +17,7 @@ import torch
 
 from kvcompress.cache import decode, fused
 from kvcompress.cache.decode import Part, Tuning, can_decode, table_of
+from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,31 @@ def test_a_grown_cache_needs_only_a_new_count_and_scratch_serves_again(poisoned)
 
 
 @needs_triton
+@pytest.mark.parametrize(("size", "value_size", "dtype"), [(64, 80, FP32), (96, 64, FP16), (16, 16, BF16)])
+def test_the_last_column_is_stored_before_it_is_read(size, value_size, dtype):
+    """Three heads: unbounded, 3 sinks and a ring of 8, a ring of 5. Slots are poisoned until their column comes."""
+    torch.manual_seed(0)
+    kept = [Retention(0, -1), Retention(3, 8), Retention(0, 5)]
+    blocks = [
+        tuple(torch.full((2, 1, slots, width), POISON, dtype=dtype, device=DEVICE) for width in (size, value_size))
+        for slots in (40, 11, 5)
+    ]
+    parts = [Part([i], *block, kept[i].capacity, kept[i].sinks) for i, block in enumerate(blocks)]
+    column_major = [torch.randn(2, 40, 3, width, device=DEVICE).to(dtype) for width in (size, value_size)]
+    text = [tensor.transpose(1, 2) for tensor in column_major]  # [batch, kv_head, column, head_dim]
+    scratch = None
+    for seen in range(1, 41):
+        query = torch.randn(2, 6, size, device=DEVICE).to(dtype)
+        new = tuple(tensor[:, :, seen - 1] for tensor in text)
+        found, scratch = run(query, parts, 3, seen, scratch, new=new)
+        for i, head in enumerate(kept):
+            shown = head.positions(seen)
+            keys, values = (tensor[:, i : i + 1, shown] for tensor in text)
+            expected = reference(query[:, 2 * i : 2 * i + 2], keys, values, [len(shown)])
+            assert error(found[:, 2 * i : 2 * i + 2], expected) < TOLERANCE[dtype]
+
+
+@needs_triton
 def test_a_query_may_be_a_view_and_the_scale_given():
     torch.manual_seed(0)
     _, parts, _ = make(2, [30, 30], 3, 32, 32, FP32, same_block=True)
@@ -169,15 +195,18 @@ def test_a_query_may_be_a_view_and_the_scale_given():
 
 
 def both_ways(monkeypatch, family, plan, pads, chunks, length):
-    """Logits of a text read group by group and by the kernel, and how often the kernel was launched."""
+    """Logits of a text read group by group and by the kernel, and how often the kernel was launched.
+
+    What the two caches hold at the end must be the same, slot by slot.
+    """
     model = model_of(family).to(DEVICE)
     ids, mask = padded(3, length) if pads else (tokens(2, length), None)
     ids, mask = ids.to(DEVICE), None if mask is None else mask.to(DEVICE)
-    compressor, launches, logits = compressor_for(model, plan), [], []
+    compressor, launches, logits, held = compressor_for(model, plan), [], [], []
 
-    def counted(*args):
+    def counted(*args, new):
         launches.append(1)
-        return decode.decode(*args, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3))
+        return decode.decode(*args, new=new, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3))
 
     monkeypatch.setattr(fused, "decode", counted)
     if not CUDA:
@@ -190,8 +219,12 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
                 out = feed(model, cache, ids, chunks, mask)
             logits.append(out.flatten(0, 1) if mask is None else out[mask.bool()])
             assert bool(launches) == on
+            groups = [group for layer in cache.compressed_layers for group in layer.groups]
+            held.append([tensor for group in groups for tensor in group.read()])
     finally:
         model.to("cpu")
+    for first, second in zip(*held, strict=True):
+        assert (first - second).abs().max() < 1e-4
     return *logits, len(launches)
 
 

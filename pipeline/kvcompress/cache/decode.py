@@ -141,6 +141,7 @@ def decode(
     scale: float | None = None,
     scratch: Scratch | None = None,
     tuning: Tuning | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Scratch]:
     """Softmax attention of one query a row, `[batch, query_head, head_dim]` -> `[batch, query_head, value_size]`.
 
@@ -148,6 +149,8 @@ def decode(
     bytes; the table's heads share the query heads equally. `seen` (int32 `[1]`) counts the columns in the cache, the
     query's own among them; `pads` (integers `[batch]`) those that are left padding. A head that holds nothing gives
     exactly 0, and so does a row of nothing but padding. Scores are multiplied by `scale`, head_dim ** -0.5 by default.
+    `new`, the keys and values of the last column, `[batch, kv_head, head_dim]` each, are first stored in their slots
+    (where `Group` has them, for one that is not a padded row's sink); without it they are there already.
 
     Returns the scratch memory for the next call too: `scratch` itself if it was large enough.
     """
@@ -163,8 +166,7 @@ def decode(
     needs = 2 * programs * group * value_size, 4 * programs * group, batch * heads
     if scratch is None or not scratch.fits(*needs):
         scratch = Scratch.of(*needs, device)
-    if query.stride(2) != 1:
-        query = query.contiguous()
+    query, *fresh = (t if t.stride(2) == 1 else t.contiguous() for t in (query, *(new or (query, query))))
     out = torch.empty(batch, query_heads, value_size, dtype=query.dtype, device=device)
     span = _power(group)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -174,18 +176,21 @@ def decode(
             table,
             seen,
             seen if pads is None else pads,
+            *fresh,
             scratch.partial,
             scratch.stats,
             scratch.arrivals,
             batch,
             query.stride(0),
             query.stride(1),
+            *(stride for tensor in fresh for stride in tensor.stride()[:2]),
             (size**-0.5 if scale is None else scale) * log2(e),
             HEADS=heads,
             GROUP=group,
             SIZE=size,
             VALUE_SIZE=value_size,
             PADDED=pads is not None,
+            APPEND=new is not None,
             WIDE=device.type == "cpu",
             BLOCK=tuning.block,
             ROWS=max(span, 16),

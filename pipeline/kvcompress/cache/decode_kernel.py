@@ -8,6 +8,8 @@ Of a pair cut between programs each writes its partial result (as in Flash-Decod
 atomic counter, merges all of them in a fixed order: the result does not depend on who that was. It also sets the
 counter back to 0, ready for the next launch.
 
+The new key and value may come along: the one program that reads their block stores them in their slot before it does.
+
 Lengths are made here from the device's own count of tokens seen, so a captured CUDA graph goes on being right as the
 cache grows within its blocks. Importing this file needs triton.
 """
@@ -25,18 +27,25 @@ def decode_heads(
     table,  # int64 [HEADS, FIELDS]
     seen,  # int32 [1], columns in the cache with the query's own
     pads,  # integers [batch], pad columns of each row; read only if PADDED
+    new_keys,  # [batch, HEADS, SIZE], the last column, stored first if APPEND; elements of a head contiguous
+    new_values,  # [batch, HEADS, VALUE_SIZE]
     partial,  # float32 [programs, 2, GROUP, VALUE_SIZE], unnormalised sums of values
     stats,  # float32 [programs, 2, 2, GROUP], largest score (in powers of 2) and sum of weights
     arrivals,  # int32 [batch * HEADS], 0 between launches
     batch,
     query_row,
     query_head,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
     scale,  # of the scores, times log2(e)
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    APPEND: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: triton's interpreter knows no product of bfloat16
     BLOCK: tl.constexpr,  # keys a block
     # Powers of two: rows of a matrix product, query heads, KV heads and batch rows, each with room to spare; columns
@@ -69,9 +78,10 @@ def decode_heads(
         all_blocks = tl.sum(row_blocks)
     else:
         all_blocks = a_row * batch
-    share = tl.cdiv(all_blocks, tl.num_programs(0))
-    low = program * share
-    high = tl.minimum(low + share, all_blocks)
+    # The first `longer` programs take `share + 1` blocks, the others `share`.
+    share, longer = all_blocks // tl.num_programs(0), all_blocks % tl.num_programs(0)
+    low = program * share + tl.minimum(program, longer)
+    high = low + share + tl.where(program < longer, 1, 0)
     if low >= high:
         return
 
@@ -110,6 +120,8 @@ def decode_heads(
 
         top, total, large, small = attend_blocks(
             query + tl.cast(row, tl.int64) * query_row + head * GROUP * query_head,
+            new_keys + tl.cast(row, tl.int64) * key_row + head * key_head,
+            new_values + tl.cast(row, tl.int64) * value_row + head * value_head,
             table + head * FIELDS,
             tl.cast(row, tl.int64),
             tl.maximum(low, start) - start + skip,
@@ -122,6 +134,7 @@ def decode_heads(
             SIZE,
             VALUE_SIZE,
             PADDED,
+            APPEND,
             WIDE,
             BLOCK,
             ROWS,
@@ -148,7 +161,7 @@ def decode_heads(
             put(own, large, 0, GROUP, VALUE_SIZE)
             if VALUE_SMALL > 0:
                 put(own, small, VALUE_LARGE, GROUP, VALUE_SIZE)
-            first, last = start // share, (end - 1) // share
+            first, last = _program_of(start, share, longer), _program_of(end - 1, share, longer)
             # All threads have stored before one of them releases the stores with the count; who counts last acquires
             # the others' stores, and the value's way back to all threads is a barrier again.
             tl.debug_barrier()
@@ -169,3 +182,10 @@ def decode_heads(
                     AT_A_TIME,
                 )
                 tl.store(arrivals + pair, 0)
+
+
+@triton.jit
+def _program_of(block, share, longer):
+    """Which program has a block of the line."""
+    in_longer = block // (share + 1)
+    return tl.where(in_longer < longer, in_longer, longer + (block - longer * (share + 1)) // tl.maximum(share, 1))

@@ -18,6 +18,8 @@ UNBOUNDED = tl.constexpr(2**31 - 1)  # the capacity of a head that grows with th
 @triton.jit
 def attend_blocks(
     query,
+    new_key,
+    new_value,
     line,
     row,
     begin,
@@ -30,6 +32,7 @@ def attend_blocks(
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    APPEND: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,9 +53,18 @@ def attend_blocks(
     query_large = _take(query, group, query_head, group < GROUP, 0, KEY_LARGE, SIZE).to(product)
     if KEY_SMALL > 0:
         query_small = _take(query, group, query_head, group < GROUP, KEY_LARGE, KEY_SMALL, SIZE).to(product)
-    if PADDED:
+    if PADDED or APPEND:
         sinks = tl.load(line + SINKS).to(tl.int32)
         window = tl.maximum(capacity - sinks, 1)
+    if APPEND:  # `Group` says the same in torch
+        last = seen - 1
+        free = tl.where(last < capacity, last, sinks + (last - sinks) % window)
+        if (length > 0) & (begin <= free // BLOCK) & (free // BLOCK < end):
+            _copy(keys + free * SIZE, new_key, SIZE, KEY_LARGE if KEY_SMALL == 0 else 2 * KEY_LARGE)
+            _copy(
+                values + free * VALUE_SIZE, new_value, VALUE_SIZE, VALUE_LARGE if VALUE_SMALL == 0 else 2 * VALUE_LARGE
+            )
+            tl.debug_barrier()  # other threads of this program read it
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     large = tl.zeros([ROWS, VALUE_LARGE], tl.float32)
@@ -147,6 +159,12 @@ def _gather(lines, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.con
     if FIRST + WIDTH > SIZE:
         mask = mask & (column < SIZE)[None, None, :]
     return tl.load(lines[:, :, None] + column[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _copy(target, source, SIZE: tl.constexpr, SPAN: tl.constexpr):
+    column = tl.arange(0, SPAN)
+    tl.store(target + column, tl.load(source + column, mask=column < SIZE), mask=column < SIZE)
 
 
 @triton.jit

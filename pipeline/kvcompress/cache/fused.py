@@ -64,8 +64,19 @@ class Fused:
             and all(sees_all(group, position, reading) for group in groups)
         )
 
-    def attend(self, heads: Heads, groups: Sequence[Group], query: Tensor, seen: int, reading: Reading) -> Tensor:
-        """Attention of one query a row over all that the groups hold, its own key among it: `seen` columns."""
+    def attend(
+        self,
+        heads: Heads,
+        groups: Sequence[Group],
+        query: Tensor,
+        seen: int,
+        reading: Reading,
+        new: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attention of one query a row over all that the groups hold, its own key among it: `seen` columns.
+
+        `new` is that key and its value, `[batch, kv_head, 1, head_dim]`, where the groups have only made room for it.
+        """
         desk = self._desk(query.device, seen)
         pads = None if all(group.settled(reading.padding) for group in groups) else reading.padding.on(query.device)
         values = groups[0].block.tensors[1]
@@ -77,6 +88,7 @@ class Fused:
             None if pads is None else pads[:, 0],
             reading.scale,
             desk.scratch,
+            new=None if new is None else (new[0].squeeze(2), new[1].squeeze(2)),
         )
         return out.view(*query.shape[:-1], values.shape[3])
 

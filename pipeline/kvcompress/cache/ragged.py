@@ -103,8 +103,7 @@ class RaggedLayer(CompressedLayer):
         if self._in_prompt:
             out = self._attend_prompt(query, keys, values, reading)
         elif self.shared.fused.serves(self._blocks, query, keys, values, self.seen, reading):
-            self._store(keys, values)
-            out = self.shared.fused.attend(self._places, self._blocks, query, self.seen + 1, reading)
+            out = self._attend_at_once(query, keys, values, reading)
         elif self._whole:
             out = read(self._blocks[0], query, keys, values, reading)
         else:
@@ -127,6 +126,16 @@ class RaggedLayer(CompressedLayer):
             if self._prompt is not None:
                 self._prompt.reset()
         return out
+
+    def _attend_at_once(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        new = None
+        if all(group.takes_plainly(reading.padding) for group in self._blocks):
+            new = keys, values
+            for group in self._blocks:
+                group.make_room(keys[:, : len(group.heads)], values[:, : len(group.heads)])
+        else:
+            self._store(keys, values)
+        return self.shared.fused.attend(self._places, self._blocks, query, self.seen + 1, reading, new)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         for i, group in enumerate(self._blocks):
