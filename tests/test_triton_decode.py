@@ -79,13 +79,11 @@ def reference(query, keys, values, lengths):
     return out
 
 
-def run(query, parts, heads, seen, scratch=None, tuning=None, **kwargs):
+def run(query, parts, heads, seen, scratch=None, tuning=None, pads=None, new=None):
     count = torch.tensor([seen], dtype=torch.int32, device=DEVICE)
     value_size = parts[0].values.shape[-1]
     tuning = tuning or (None if CUDA else Tuning(block=16, programs_per_processor=5))
-    out, scratch = decode.decode(
-        query, table_of(parts, heads), value_size, count, None, None, scratch, tuning, **kwargs
-    )
+    out, scratch = decode.decode(query, table_of(parts, heads), value_size, count, pads, None, scratch, tuning, new)
     assert not scratch.arrivals.any()
     return out.float(), scratch
 
@@ -133,7 +131,7 @@ def test_the_kernel_is_softmax_attention_of_every_head(poisoned, lengths, group,
 def test_the_division_of_the_work_does_not_matter(poisoned, programs, block):
     torch.manual_seed(programs)
     lengths = [90, 0, 4, 31, 1]
-    query, parts, expected = make(2, lengths, 2, 32, 32, FP32)
+    query, parts, expected = make(2, lengths, 8, 32, 32, FP32)  # 8: four partial results are merged at a time
     tuning = Tuning(block=block, programs_per_processor=programs)
     found, _ = run(query, parts, 5, 90, tuning=tuning)
     assert error(found, expected) < TOLERANCE[FP32]
@@ -155,6 +153,36 @@ def test_a_grown_cache_needs_only_a_new_count_and_scratch_serves_again(poisoned)
         assert error(found, torch.cat((full, bounded), dim=1)) < TOLERANCE[FP32]
     query, parts, expected = make(3, [9, 40, 2], 1, 32, 32, FP32)
     assert error(run(query, parts, 3, 40, scratch)[0], expected) < TOLERANCE[FP32]
+
+
+@needs_triton
+@pytest.mark.parametrize("programs", [1, 4, 9])
+def test_pads_are_hidden_and_a_row_of_pads_gives_zeros(poisoned, programs):
+    """An unbounded head and a ring of 12 that has turned; rows with pads up to all there is."""
+    torch.manual_seed(programs)
+    query, parts, _ = make(4, [48, 12], 3, 32, 32, FP32)
+    parts[0] = parts[0]._replace(capacity=None)
+    pads = torch.tensor([0, 21, 48, 40], device=DEVICE)
+    for row, pad in enumerate(pads.tolist()):
+        for tensor in parts[0][1:3]:
+            tensor[row, :, :pad] = POISON
+    tuning = Tuning(block=16, programs_per_processor=programs)
+    found, _ = run(query, parts, 2, 48, tuning=tuning, pads=pads)
+    assert not found[2].any()
+    ring = [47 - (47 - slot) % 12 for slot in range(12)]  # the column in each slot
+    for row in (0, 1, 3):
+        pad = int(pads[row])
+        of_row = [tensor[row : row + 1, :, pad:48] for tensor in parts[0][1:3]]
+        shown = [slot for slot in range(12) if ring[slot] >= pad]
+        of_ring = [tensor[row : row + 1, :, shown] for tensor in parts[1][1:3]]
+        expected = torch.cat(
+            [
+                reference(query[row : row + 1, :3], *of_row, [48 - pad]),
+                reference(query[row : row + 1, 3:], *of_ring, [len(shown)]),
+            ],
+            dim=1,
+        )
+        assert error(found[row : row + 1], expected) < TOLERANCE[FP32]
 
 
 @needs_triton
