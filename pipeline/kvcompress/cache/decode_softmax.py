@@ -66,7 +66,7 @@ def attend_blocks(
             )
             tl.debug_barrier()  # other threads of this program read it
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    totals = tl.zeros([ROWS, BLOCK], tl.float32)  # summed over the columns at the end: a sum a block costs barriers
     large = tl.zeros([ROWS, VALUE_LARGE], tl.float32)
     small = tl.zeros([ROWS, VALUE_SMALL if VALUE_SMALL > 0 else 1], tl.float32)
     for block in range(begin, end):
@@ -86,14 +86,14 @@ def attend_blocks(
         weights = tl.exp2(scores - level[:, None])
         fade = tl.exp2(top - level)
         top = higher
-        total = total * fade + tl.sum(weights, 1)
+        totals = totals * fade[:, None] + weights
         weights = weights.to(kind).to(product)
         value = _take(values, slot, VALUE_SIZE, there, 0, VALUE_LARGE, VALUE_SIZE).to(product)
         large = tl.dot(weights, value, acc=large * fade[:, None], input_precision="ieee")
         if VALUE_SMALL > 0:
             value = _take(values, slot, VALUE_SIZE, there, VALUE_LARGE, VALUE_SMALL, VALUE_SIZE).to(product)
             small = tl.dot(weights, value, acc=small * fade[:, None], input_precision="ieee")
-    return top, total, large, small
+    return top, tl.sum(totals, 1), large, small
 
 
 @triton.jit
