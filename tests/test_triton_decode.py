@@ -17,6 +17,7 @@ import torch
 
 from kvcompress.cache import decode, fused
 from kvcompress.cache.decode import Part, Tuning, can_decode, table_of
+from kvcompress.evaluation.kernel_cost import Layer, Shape
 from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 
@@ -208,6 +209,16 @@ def test_the_last_column_is_stored_before_it_is_read(size, value_size, dtype):
             keys, values = (tensor[:, i : i + 1, shown] for tensor in text)
             expected = reference(query[:, 2 * i : 2 * i + 2], keys, values, [len(shown)])
             assert error(found[:, 2 * i : 2 * i + 2], expected) < TOLERANCE[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("full", [0, 1, 2])
+def test_what_the_cost_program_times_is_the_same(full):
+    torch.manual_seed(full)
+    layer = Layer(Shape(4, 2, 32, 2, 140, full), FP32, DEVICE)
+    assert error(layer.kernel(), layer.by_group()) < TOLERANCE[FP32]
+    assert layer.kernel_error() < TOLERANCE[FP32]
+    assert full < 2 or error(layer.kernel(), layer.dense()[:, :, 0]) < TOLERANCE[FP32]
 
 
 @needs_triton
