@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+
+
+def release(package):
+    """Major and minor version."""
+    return tuple(int(number) for number in version(package).split(".")[:2])
+
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON or not (CUDA or INTERPRETED), reason="needs triton and a CUDA device, or TRITON_INTERPRET=1"
@@ -37,10 +45,14 @@ POISON = float("nan")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(
+    HAS_TRITON and release("triton") < (3, 7) and release("numpy") >= (2, 4),
+    reason="the interpreter before triton 3.7 cannot count to a number on the device with numpy 2.4",
+)
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests here run as they are")
 def test_these_tests_pass_in_tritons_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
     assert "passed" in result.stdout
