@@ -47,8 +47,8 @@ class Tuning:
 class Part(NamedTuple):
     """KV heads of a layer that lie in one pair of tensors, contiguous `[batch, len(heads), slot, head_dim]`.
 
-    They hold the first `min(capacity, seen)` slots (capacity None: all seen), of which `sinks` begin each; that
-    matters only in padded rows. The head sizes of keys and values may differ.
+    They hold the first `min(capacity, seen)` slots (capacity None: all seen). The first `sinks` never move, the others
+    are a ring: that matters in padded rows and to where a new column is stored. Head sizes of K and V may differ.
     """
 
     heads: Sequence[int]
