@@ -8,10 +8,11 @@ import typer
 from kvcompress.artifacts import read_model, write_json, write_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
-from kvcompress.evaluation.ablation import environment, metrics, run_ablation
+from kvcompress.evaluation.ablation import metrics, run_ablation
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.beyond import beyond_contenders, stream
 from kvcompress.evaluation.contenders import ABLATIONS, Contender, contenders_for, plan_contenders
+from kvcompress.evaluation.environment import environment
 from kvcompress.facts import make_cases
 from kvcompress.models import ModelRecord, load_model, locate_model
 from kvcompress.params.ablation import AblationParams, PlanAblationParams

@@ -1,11 +1,8 @@
 """An ablation: contenders on the same documents and cases, compared only at equal bytes, with intervals and in words."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
@@ -124,17 +121,4 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             **{task: result["share"] for task, result in row["retrieval"].items()},
         }
         for row in rows
-    }
-
-
-def environment(model: PreTrainedModel) -> dict[str, str | int]:
-    """Where numbers were made."""
-    device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }

@@ -20,6 +20,7 @@ SECTIONS = (
     "budgets",
     "ablation",
     "ablation_plans",
+    "benchmark",
     "plots",
 )
 
