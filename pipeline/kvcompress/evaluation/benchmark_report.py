@@ -1,7 +1,7 @@
 """The benchmark in words: the same tables for the terminal and for Markdown, and what was run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -16,7 +16,7 @@ def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
 
 
 def band(median: float, low: float, high: float) -> str:
-    return f"{median:,.1f} ({low:,.1f} … {high:,.1f})"
+    return f"{median:,.1f} ({low:,.0f}–{high:,.0f})"
 
 
 def change(nll: Mapping[str, float | None]) -> str:
@@ -30,7 +30,7 @@ SPEED: Columns = {
     "prefill tok/s": lambda row: number(row["prefill_tokens_per_s"], 0),
     "compress ms": lambda row: number(row["compress_ms"] and row["compress_ms"]["median"]),
     "decode tok/s": lambda row: number(row["decode_tokens_per_s"]),
-    "ms a token (p10 … p90)": lambda row: band(*row["decode_ms"].values()),
+    "ms a token (p10–p90)": lambda row: band(*row["decode_ms"].values()),
     "× full": lambda row: number(row["to_full"]["decode_times_faster"], 2),
 }
 QUALITY: Columns = {
@@ -47,10 +47,10 @@ GROWTH: Columns = {
     "context": lambda row: f"{row['context']:,}",
     "batch": lambda row: str(row["batch"]),
     "cache": lambda row: row["contender"],
-    "MB": lambda row: number(row["megabytes"], 2),
-    "step ms (p10 … p90)": lambda row: band(row["step_ms"], row["step_p10"], row["step_p90"]),
+    "MB": lambda row: number(row["megabytes"]),
+    "step ms (p10–p90)": lambda row: band(row["step_ms"], row["step_p10"], row["step_p90"]),
     "× full": lambda row: number(row["step_ratio"], 2),
-    "limit": lambda row: number(row["step_limit_ms"], 2),
+    "limit": lambda row: number(row["step_limit_ms"]),
     "attention ms": lambda row: number(row["attention_ms"], 2),
     "× full ": lambda row: number(row["attention_ratio"], 2),
     "limit ": lambda row: number(row["attention_limit_ms"], 2),
@@ -58,10 +58,11 @@ GROWTH: Columns = {
 
 
 def terminal(columns: Columns, rows: Sequence[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    """Narrow enough for 80 columns: headers stand one word a line."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header in columns:
-        words = header in ("method", "cache")
-        table.add_column(header, justify="left" if words else "right", no_wrap=words)
+        side: Literal["left", "right"] = "left" if header in ("method", "cache") else "right"
+        table.add_column("\n".join(header.split()), justify=side, vertical="bottom", no_wrap=True)
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     return table
