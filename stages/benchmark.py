@@ -13,12 +13,12 @@ from kvcompress.evaluation.benchmark import run_benchmark, samples_of
 from kvcompress.evaluation.benchmark_report import GROWTH, QUALITY, SPEED, growth_words, origin, terminal
 from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
-from kvcompress.evaluation.entrants import HEAD_AWARE, METHODS, entrants_for, require_known
+from kvcompress.evaluation.entrants import entrants_for, require_known
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
 from kvcompress.models import ModelRecord, input_device, load_model, locate_model
 from kvcompress.params.base import load_section
-from kvcompress.params.benchmark import BenchmarkParams
+from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
 
 app = stage_app()

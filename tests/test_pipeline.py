@@ -15,6 +15,7 @@ import yaml
 from tests.project import ROOT, copy_project, run
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TIMED = re.compile("ablat|benchmark")  # stages whose results hold seconds
 PARAMS = sorted((ROOT / "pipeline/kvcompress/params").glob("*.py"))
 BY_CLASS = dict(
     re.findall(r'class (\w+)\(SectionParams\):.*?section = "(\w+)"', "".join(p.read_text() for p in PARAMS), re.S)
@@ -116,20 +117,26 @@ def test_git_holds_reports_and_no_data(project: Path) -> None:
     tracked = run(project, "git", "ls-files", "data", "reports").stdout.split()
     assert [name for name in tracked if name.startswith("data")] == ["data/.gitignore"]
     figures = {name for name in tracked if name.endswith(".png")}
-    assert len(figures) == 8
-    for name in ("analysis_summary.txt", "validation_report.txt", "metrics/classes.json", "plots/heads.json"):
+    assert len(figures) == 9
+    for name in (
+        "analysis_summary.txt",
+        "validation_report.txt",
+        "benchmark.md",
+        "metrics/classes.json",
+        "plots/heads.json",
+    ):
         assert f"reports/{name}" in tracked
 
 
 def test_results_do_not_depend_on_when_they_were_made(project: Path) -> None:
-    """Every stage once more from nothing: hashes of all results stay; an ablation also notes its seconds."""
+    """Every stage once more from nothing: hashes of all results stay; an ablation notes its seconds, a benchmark is such."""
 
     def hashes() -> dict[str, list]:
         lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-        return {name: stage["outs"] for name, stage in lock.items() if "ablat" not in name}
+        return {name: stage["outs"] for name, stage in lock.items() if not TIMED.search(name)}
 
     before = hashes()
-    analysis = set(STAGES) - {"ablate_uniform", "ablate_head_aware", "plot_ablation"}
+    analysis = {name for name in STAGES if not TIMED.search(name)}
     result = run(project, "dvc", "repro", "--force", "plot")
     assert ran(result.stdout) == analysis
     assert hashes() == before
@@ -143,8 +150,11 @@ def test_a_threshold_reruns_only_what_depends_on_it(project: Path) -> None:
     output = run(
         project, "dvc", "exp", "run", "-S", f"thresholds.sink={value}", "-S", "thresholds.high_entropy=9.0"
     ).stdout
-    assert skipped(output) == {"prepare", "collect_attention", "compute_stats", "ablate_uniform"}
-    assert ran(output) == {"classify", "reclassify", "plot", "ablate_head_aware", "plot_ablation"}
+    kept = {"prepare", "collect_attention", "compute_stats", "ablate_uniform", "benchmark_baselines"}
+    assert skipped(output) == kept
+    assert ran(output) == {
+        "classify", "reclassify", "plot", "ablate_head_aware", "plot_ablation", "benchmark_head_aware", "plot_benchmark"
+    }  # fmt: skip
     after = json.loads((project / "reports/metrics/classes.json").read_text())
     assert after != before
     metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json").stdout)
@@ -163,7 +173,7 @@ def test_the_measure_acts_without_the_model(project: Path) -> None:
     params = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(params.replace("sink_size: 4", "sink_size: 5"))
     output = run(project, "dvc", "repro").stdout
-    assert {"prepare", "collect_attention", "ablate_uniform"} <= skipped(output)
+    assert {"prepare", "collect_attention", "ablate_uniform", "benchmark_baselines"} <= skipped(output)
     assert {"compute_stats", "classify", "reclassify", "plot"} <= ran(output)
 
 

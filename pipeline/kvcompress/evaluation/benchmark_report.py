@@ -44,14 +44,14 @@ QUALITY: Columns = {
     "accuracy": lambda row: f"{row['accuracy']:.1%}",
 }
 GROWTH: Columns = {
-    "context": lambda row: f"{row['context']:,}",
+    "tokens": lambda row: f"{row['context']:,}",
     "batch": lambda row: str(row["batch"]),
     "cache": lambda row: row["contender"],
     "MB": lambda row: number(row["megabytes"]),
-    "step ms (p10–p90)": lambda row: band(row["step_ms"], row["step_p10"], row["step_p90"]),
+    "step ms": lambda row: number(row["step_ms"]),
     "× full": lambda row: number(row["step_ratio"], 2),
     "limit": lambda row: number(row["step_limit_ms"]),
-    "attention ms": lambda row: number(row["attention_ms"], 2),
+    "append + attend ms": lambda row: number(row["attention_ms"], 2),
     "× full ": lambda row: number(row["attention_ratio"], 2),
     "limit ": lambda row: number(row["attention_limit_ms"], 2),
 }
@@ -61,8 +61,9 @@ def terminal(columns: Columns, rows: Sequence[Row]) -> Table:
     """Narrow enough for 80 columns: headers stand one word a line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header in columns:
-        side: Literal["left", "right"] = "left" if header in ("method", "cache") else "right"
-        table.add_column("\n".join(header.split()), justify=side, vertical="bottom", no_wrap=True)
+        words = header in ("method", "cache")
+        side: Literal["left", "right"] = "left" if words else "right"
+        table.add_column("\n".join(header.split()), justify=side, no_wrap=not words)
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     return table

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from kvcompress.evaluation.benchmark import Record
-from kvcompress.evaluation.entrants import FULL, Entrant
+from kvcompress.evaluation.entrants import Entrant
 from kvcompress.evaluation.intervals import BLOCK, paired_difference
 from kvcompress.evaluation.timing import Spread
+from kvcompress.params.benchmark import FULL
 
 NOTHING_TO_COMPRESS = "keeps everything"
 FEWEST_BLOCKS = 8  # of neighbouring tokens; a bootstrap over fewer knows nothing of how they vary

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import InputError
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
-from kvcompress.evaluation.entrants import FULL
-from kvcompress.params.benchmark import BenchmarkParams
+from kvcompress.params.benchmark import FULL, BenchmarkParams
 from kvcompress.plan import RetentionPlan
 
 

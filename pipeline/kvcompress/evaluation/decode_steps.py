@@ -22,7 +22,7 @@ from kvcompress.cache.shape import ModelShape
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.errors import InputError
 from kvcompress.evaluation.timing import Spread, devices_of, timed
-from kvcompress.methods import HeadAwareCompressor
+from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 

@@ -6,22 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import InputError
-from kvcompress.methods import (
-    FixSizeL2Compressor,
-    HeadAwareCompressor,
-    L2Compressor,
-    RecentOnlyCompressor,
-    StreamingLLMCompressor,
-)
 from kvcompress.methods.compressor import Compressor
+from kvcompress.methods.fix_size_l2 import FixSizeL2Compressor
+from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.methods.l2_compress import L2Compressor
+from kvcompress.methods.recent_only import RecentOnlyCompressor
+from kvcompress.methods.streaming_llm import StreamingLLMCompressor
 from kvcompress.models import model_shape
-from kvcompress.params.benchmark import BenchmarkParams
+from kvcompress.params.benchmark import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan
-
-FULL, HEAD_AWARE = "full", "head_aware"
-BASELINES = ("l2_compress", "fix_size_l2", "streaming_llm", "recent_only")
-METHODS = (FULL, *BASELINES, HEAD_AWARE)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ from pydantic import Field
 
 from kvcompress.params.base import Count, Name, SectionParams
 
+FULL, HEAD_AWARE = "full", "head_aware"
+BASELINES = ("l2_compress", "fix_size_l2", "streaming_llm", "recent_only")
+METHODS = (FULL, *BASELINES, HEAD_AWARE)
+
 
 class BenchmarkParams(SectionParams):
     """Prompts of `max_tokens` tokens from `num_samples` evaluation documents, and the `max_new_tokens` that follow them.
