@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kvcompress.artifacts import read_model, write_json
+from kvcompress.artifacts import write_json
 from kvcompress.corpora import load_texts
 from kvcompress.errors import InputError
 from kvcompress.evaluation.benchmark import run_benchmark, samples_of
@@ -16,10 +16,11 @@ from kvcompress.evaluation.decode_growth import decode_growth, require_room, wei
 from kvcompress.evaluation.entrants import entrants_for, require_known
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
-from kvcompress.models import ModelRecord, input_device, load_model, locate_model
+from kvcompress.models import input_device, load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
-from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
+from stages.loading import chosen_model, model_params
 
 app = stage_app()
 
@@ -33,9 +34,7 @@ def main(
     params: ParamsFile = Path("params.yaml"),
     data_dir: DataDir = Path("data"),
     output: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
-    metrics_file: Annotated[
-        Path | None, typer.Option("--metrics", help="The few numbers that dvc metrics shows.")
-    ] = None,
+    metrics_file: MetricsFile = None,
     classifications_path: Annotated[
         Path | None,
         typer.Option(help="Classes for head_aware [default: data-dir/refined_classifications.json, without --plan]."),
@@ -59,11 +58,11 @@ def main(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
     )
     loading = model_params(params, model_id, bf16, device)
-    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(loading)[0]
-    longest = settings.max_tokens + settings.max_new_tokens
-    if longest > record.max_context:
+    record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
+    length = settings.max_tokens + settings.max_new_tokens
+    if length > record.max_context:
         raise InputError(
-            f"benchmark.max_tokens + max_new_tokens is {longest}, "
+            f"benchmark.max_tokens + max_new_tokens is {length}, "
             f"but the context of {record.id} ends at {record.max_context}"
         )
     growing = growth and HEAD_AWARE in methods and bool(settings.growth_contexts)

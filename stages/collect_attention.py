@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.collect import collect_attention
-from kvcompress.artifacts import read_model, read_text
+from kvcompress.artifacts import read_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
-from kvcompress.models import ModelRecord, load_model, locate_model
+from kvcompress.models import load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.collect import CollectParams
-from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
+from stages.loading import chosen_model, model_params
 
 app = stage_app()
 
@@ -26,7 +27,7 @@ def main(
     ] = None,
     model_id: ModelId = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file instead of the corpus's calibration texts.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each document.")] = None,
+    max_tokens: MaxTokens = None,
     chunk_size: Annotated[
         int | None, typer.Option(help="Tokens fed at a time; changes memory, not the result.")
     ] = None,
@@ -42,11 +43,7 @@ def main(
     settings = model_params(params, model_id, bf16, device)
     if model_id is not None and output_dir is None:
         raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
-    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(settings)[0]
-    if collect.max_tokens > record.max_context:
-        raise InputError(
-            f"collect.max_tokens is {collect.max_tokens}, but the context of {record.id} ends at {record.max_context}"
-        )
+    record = chosen_model(data_dir, model_id, settings, collect, collect.max_tokens)
     texts = load_texts(data_dir / "corpus", "calibration") if text is None else {text.name: read_text(text)}
     model, tokenizer = load_model(record, settings)
     batches = {

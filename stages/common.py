@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.errors import InputError, KVCompressError
-from kvcompress.params.base import load_section, override
-from kvcompress.params.model import ModelParams
+from kvcompress.errors import KVCompressError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters; flags override them.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the pipeline's artifacts.")]
@@ -18,6 +16,9 @@ ModelId = Annotated[str | None, typer.Option(help="Model on the hub, or a local 
 Bf16 = Annotated[
     bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 or float32 instead of params.yaml's dtype.")
 ]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens of each document.")]
+ResultFile = Annotated[Path | None, typer.Option("--output", help="Write only the result, to this JSON file.")]
+MetricsFile = Annotated[Path | None, typer.Option("--metrics", help="The few numbers that dvc metrics shows.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 
@@ -38,16 +39,3 @@ def run(app: typer.Typer) -> None:
     except OSError as error:  # a full disk or a lost folder, wherever it shows
         sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
         raise SystemExit(1) from None
-
-
-def model_params(params: Path, model_id: str | None, bf16: bool | None, device: str | None) -> ModelParams:
-    """The section `model` of `params` with the flags that choose another model, precision or device."""
-    dtype = None if bf16 is None else "bfloat16" if bf16 else "float32"
-    section = load_section(ModelParams, params, dtype=dtype, device=device)
-    if model_id is None:
-        return section
-    if Path(model_id).is_dir():
-        return override(section, source="local", local={"path": model_id})
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or not model_id.strip():
-        raise InputError(f"--model-id is {model_id!r}, but there is no such folder, and it is no name on the hub")
-    return override(section, source="hub", hub={"id": model_id, "revision": "main"})

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.artifacts import read_model
 from kvcompress.corpora import load_texts
 from kvcompress.errors import InputError
-from kvcompress.models import ModelRecord, load_model, locate_model
+from kvcompress.models import load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.sensitivity import SensitivityParams
-from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
+from stages.loading import chosen_model, model_params
 
 app = stage_app()
 
@@ -25,7 +25,7 @@ def main(
         Path | None, typer.Option(help="Where head_sensitivity.safetensors goes (default: data-dir).")
     ] = None,
     model_id: ModelId = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each document.")] = None,
+    max_tokens: MaxTokens = None,
     documents_per_text: Annotated[int | None, typer.Option(help="Documents taken from each text.")] = None,
     bf16: Bf16 = None,
     device: Device = None,
@@ -35,11 +35,7 @@ def main(
     loading = model_params(params, model_id, bf16, device)
     if model_id is not None and output_dir is None:
         raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
-    record = read_model(data_dir / "model.json", ModelRecord) if model_id is None else locate_model(loading)[0]
-    if settings.max_tokens > record.max_context:
-        raise InputError(
-            f"sensitivity.max_tokens is {settings.max_tokens}, but the context of {record.id} ends at {record.max_context}"
-        )
+    record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
     texts = load_texts(data_dir / "corpus", "calibration")
     model, tokenizer = load_model(record, loading)
     found = measure_sensitivity(model, tokenizer, texts, settings)

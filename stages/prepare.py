@@ -7,7 +7,8 @@ from kvcompress.corpora import prepare_corpus
 from kvcompress.models import resolve_model
 from kvcompress.params.base import load_section
 from kvcompress.params.corpus import CorpusParams
-from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, model_params, run, stage_app
+from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, run, stage_app
+from stages.loading import model_params
 
 app = stage_app()
 

@@ -45,6 +45,10 @@ def copy_project(folder: Path) -> Path:
     params["collect"] = {"max_tokens": 200, "chunk_size": 64, "documents_per_text": 2}
     params["ablation"] |= {"max_tokens": 128, "sizes": [32, 64], "sink_counts": [0, 4], "random_seeds": 1}
     params["ablation"] |= {"retrieval_lengths": [160], "retrieval_depths": 1}
+    params["sensitivity"] |= {"max_tokens": 256, "windows": [16, 64], "joint_windows": [32], "fact_contexts": 1}
+    params["sensitivity"] |= {"facts_per_context": 2, "far": 32, "nodes": 2}
+    params["compare_plans"] |= {"max_tokens": 128, "retrieval_lengths": [160], "retrieval_depths": 1}
+    params["compare_plans"] |= {"plans": ["priced-25", "random-25"]}
     params["benchmark"] |= {"num_samples": 2, "max_tokens": 48, "max_new_tokens": 9, "turn": 4}
     params["benchmark"] |= {"growth_contexts": [32, 48], "growth_rounds": 1}
     params["plots"] = {"dpi": 60}

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_block, empty_layer
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.collect import collect_attention
+from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import MASKED, NAME, observing, require_observable
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
 from kvcompress.errors import InputError, UnsupportedModelError
@@ -65,8 +66,23 @@ def test_documents_of_different_length_add_up() -> None:
     parts = [collect_attention(model, [text], 64, progress=False) for text in texts]
     added = parts[2] + parts[0] + parts[1]
     for name, tensor in together.tensors.items():
-        torch.testing.assert_close(tensor, added.tensors[name], rtol=1e-12, atol=1e-12)
+        times = 3 if name in ("induction", "probes") else 1  # every call adds one probe
+        torch.testing.assert_close(times * tensor, added.tensors[name], rtol=1e-12, atol=1e-12)
     assert (added.documents, added.longest) == (3, 180)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_induction_is_the_weight_on_what_followed_the_same_token(name: str) -> None:
+    model = tiny_model(name)
+    sums = collect_attention(model, [tokens(100)], progress=False)
+    once = torch.randint(VOCABULARY, (128,), generator=torch.Generator().manual_seed(0))
+    maps = attention_maps(model, once.repeat(2))
+    expected = np.mean([maps[:, :, query, query - 127] for query in range(127, 256)], axis=0)
+    found = [head.induction_score for head in compute_statistics(sums, MEASURE)]
+    np.testing.assert_allclose(found, expected.reshape(-1), atol=1e-6)
+    add_induction(model, sums)
+    again = [head.induction_score for head in compute_statistics(sums, MEASURE)]
+    np.testing.assert_allclose(again, found, atol=1e-9)
 
 
 def test_bfloat16_keeps_the_statistics() -> None:

@@ -109,7 +109,7 @@ class CaseMaker:
         context, room = leading_tokens(self.tokenizer), length - sum(map(len, facts))
         if room < count or len(prose) < room:
             raise InputError(
-                f"a context of {length} tokens with {count} facts cannot be built from {len(prose)} tokens"
+                f"a context of {length} tokens cannot hold {count} facts and prose, of which there are {len(prose)} tokens"
             )
         start = self.random.randrange(len(prose) - room + 1)
         last = 0

@@ -25,6 +25,6 @@ def add_induction(model: PreTrainedModel, sums: AttentionSums, seed: int = 0) ->
     once = torch.randint(model.get_input_embeddings().num_embeddings, (length,), generator=generator)
     with torch.inference_mode(), observing(model) as observer:
         model.base_model(once.repeat(2)[None].to(input_device(model)), use_cache=False)
-    probe = observer.sums(sums.num_layers).tensors["relative"][..., length - 1] / (length + 1)
-    sums.tensors["induction"] += probe
-    sums.tensors["probes"] += 1
+        probe = observer.sums(sums.num_layers).tensors["relative"][..., length - 1] / (length + 1)
+        sums.tensors["induction"] += probe
+        sums.tensors["probes"] += 1

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.attention import UNKNOWN_TERMS, use_attention
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress_listen"
 
@@ -46,9 +46,7 @@ def listened_attention(
     listener = _listener.get()
     if listener is None:
         raise UnsupportedModelError(f"attention {NAME!r} works only inside `with listening(model, listener)`")
-    for name in UNKNOWN_TERMS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"the price of a head cannot be measured in attention with {name}")
+    refuse_terms(CAPPED_OR_LEARNED, kwargs, "the price of a head")
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
     )

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from kvcompress.analysis.attention_sums import AttentionSums, add_block, empty_layer
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.models import ModelShape, input_device, model_shape
+from kvcompress.switching import LEARNED_TERMS, refuse_terms, use_attention
 
 NAME = "kvcompress_observe"
 # device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches
@@ -131,9 +132,7 @@ def observed_attention(
     observer = _active.get()
     if observer is None:
         raise UnsupportedModelError(f"attention {NAME!r} works only inside `with observing(model)`")
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"attention with {name} (a learned term in the softmax) cannot be observed yet")
+    refuse_terms(LEARNED_TERMS, kwargs, "observed attention")
     if query.shape[0] != 1:
         raise UnsupportedModelError(f"attention is observed one text at a time, found a batch of {query.shape[0]}")
     if scaling is None:
@@ -153,17 +152,14 @@ def observing(model: PreTrainedModel) -> Iterator[AttentionObserver]:
     Raises `UnsupportedModelError` where the model does not take another attention function.
     """
     before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} does not take another attention function") from error
+    use_attention(model, NAME)
     observer = AttentionObserver()
     token = _active.set(observer)
     try:
         yield observer
     finally:
         _active.reset(token)
-        model.set_attn_implementation(before)
+        use_attention(model, before)
 
 
 PROBE_TOKENS = 48

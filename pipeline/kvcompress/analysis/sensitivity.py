@@ -150,10 +150,7 @@ def measure_sensitivity(
             bar.update()
             return found.numpy()
 
-        fisher = sum(
-            counted(text_prices(model, tokens, windows, sinks, shape, settings.seed + i))
-            for i, tokens in enumerate(batch)
-        )
+        fisher = sum(counted(text_prices(model, tokens, windows, sinks, shape, settings.seed)) for tokens in batch)
         joint = sum(
             np.stack([counted(joint_prices(model, tokens, window, sinks, shape)) for window in joint_windows])
             for tokens in joint_batch

@@ -20,10 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.cache.padding import MaskLength
 from kvcompress.cache.pending import Pending
 from kvcompress.errors import CacheUseError, UnsupportedModelError
+from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress"
-# What some models' attention does beside softmax(QK)V; a compressed cache does not know these.
-UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias")
 
 
 def compressed_attention(
@@ -44,9 +43,7 @@ def compressed_attention(
         return out
     if attention_mask is not None:
         raise CacheUseError("a compressed cache takes a 2-D attention_mask [batch, seen + new], got a ready-made mask")
-    for term in UNKNOWN_TERMS:
-        if kwargs.get(term) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {term} in its attention, which is not supported")
+    refuse_terms(CAPPED_OR_LEARNED, kwargs, "a compressed cache")
     if query.requires_grad and module.training and torch.is_grad_enabled():
         raise CacheUseError("a compressed cache is for inference: call model.eval(), gradients do not flow through it")
     layer = key.layer
@@ -112,15 +109,3 @@ def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
                 _ATTACHED[model] = users - 1, before
             elif model.config._attn_implementation != before:
                 use_attention(model, before)
-
-
-def use_attention(model: PreTrainedModel, name: str) -> None:
-    try:
-        model.set_attn_implementation(name)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot use the attention {name!r}: {error}") from error
-    if model.config._attn_implementation != name:
-        raise UnsupportedModelError(
-            f"the attention of {type(model).__name__} cannot be replaced: it does not go through transformers'"
-            " attention interface"
-        )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.attention import use_attention
 from kvcompress.errors import CacheUseError, InputError
 from kvcompress.retention import Retention
+from kvcompress.switching import use_attention
 
 NAME = "kvcompress_oracle"
 

@@ -3,26 +3,50 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcompress.corpora import documents
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
+from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, Score, score_contenders
-from kvcompress.facts import Case
+from kvcompress.facts import Case, make_cases
 from kvcompress.params.ablation import ScoringParams
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_id: str,
+    texts: Mapping[str, str],
+    contenders: Mapping[str, Contender],
+    params: ScoringParams,
+) -> dict[str, Any]:
+    """A whole result: the contenders on evaluation `texts` (name -> text), and where it was made.
+
+    Raises `InputError` for texts too short.
+    """
+    length, depths = params.max_tokens, params.retrieval_depths
+    batch = {
+        name: list(documents(tokenizer, name, text, length, params.documents_per_text)) for name, text in texts.items()
+    }
+    cases = make_cases(tokenizer, texts, params.retrieval_lengths, depths, params.retrieval_per_depth)
+    rows = run_ablation(model, batch, cases, contenders, params)
+    result = {"model": model_id, "texts": list(texts), "environment": environment(model)}
+    return result | {"settings": params.model_dump(), "rows": rows}
 
 
 def run_ablation(
     model: PreTrainedModel,
-    documents: Documents,
+    batch: Documents,
     cases: Sequence[Case],
     contenders: Mapping[str, Contender],
     params: ScoringParams,
 ) -> list[dict[str, Any]]:
     """One row a contender, in their order; see `row`."""
     compressors = {name: contender.compressor for name, contender in contenders.items()}
-    scores = score_contenders(model, documents, compressors, params.chunk_size, params.rank_every)
+    scores = score_contenders(model, batch, compressors, params.chunk_size, params.rank_every)
     found = retrieve(model, cases, compressors, params.retrieval_prefill)
     return [row(contender, scores, cases, found[name]) for name, contender in contenders.items()]
 

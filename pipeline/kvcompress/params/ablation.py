@@ -1,4 +1,4 @@
-"""Sections `ablation` and `ablation_plans`: what methods and plans are compared on."""
+"""Sections `ablation` and `compare_plans`: what methods and plans are compared on."""
 
 from typing import Annotated, Literal
 
@@ -41,9 +41,9 @@ class AblationParams(ScoringParams):
     beyond_tokens: Annotated[int, Field(ge=0)] = 0
 
 
-class PlanAblationParams(ScoringParams):
+class ComparePlansParams(ScoringParams):
     """Retention plans by name against uniform caches of the same bytes; `max_tokens` is where the bytes are equal."""
 
-    section = "ablation_plans"
+    section = "compare_plans"
 
     plans: Annotated[list[Name], Field(min_length=1)] = ["priced-25"]

@@ -19,7 +19,7 @@ SECTIONS = (
     "sensitivity",
     "budgets",
     "ablation",
-    "ablation_plans",
+    "compare_plans",
     "benchmark",
     "plots",
 )

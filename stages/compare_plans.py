@@ -1,0 +1,62 @@
+"""Compare retention plans with uniform caches of exactly the same bytes. Run: python -m stages.compare_plans"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.artifacts import write_json, write_text
+from kvcompress.corpora import load_texts
+from kvcompress.evaluation.ablation import compare, metrics
+from kvcompress.evaluation.ablation_report import report
+from kvcompress.evaluation.contenders import plan_contenders
+from kvcompress.models import load_model
+from kvcompress.params.ablation import ComparePlansParams
+from kvcompress.params.base import load_section
+from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
+from stages.loading import chosen_model, model_params
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    plan: Annotated[
+        list[Path] | None, typer.Argument(help="Plan files, instead of those that params.yaml names.")
+    ] = None,
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    plans_dir: Annotated[Path, typer.Option(help="Folder of plans, one folder a model.")] = Path("reports/plans"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for plan_comparison.json and plan_comparison.md.")] = Path(
+        "reports"
+    ),
+    output: ResultFile = None,
+    metrics_file: MetricsFile = None,
+    model_id: ModelId = None,
+    max_tokens: MaxTokens = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """Perplexity, accuracy, KL and retrieval of every plan and of its uniform rival on evaluation text."""
+    settings = load_section(ComparePlansParams, params, max_tokens=max_tokens)
+    loading = model_params(params, model_id, bf16, device)
+    record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
+    texts = load_texts(data_dir / "corpus", "evaluation")
+    model, tokenizer = load_model(record, loading)
+    folder = plans_dir / record.id.replace("/", "--")
+    paths = plan or [folder / f"{name}.json" for name in settings.plans]
+    contenders = plan_contenders(model.config, settings.max_tokens, paths)
+    result = compare(model, tokenizer, record.id, texts, contenders, settings)
+    text = report([result])
+    if output:
+        write_json(output, result)
+    else:
+        write_json(output_dir / "plan_comparison.json", [result])
+        write_text(output_dir / "plan_comparison.md", text)
+    if metrics_file:
+        write_json(metrics_file, metrics(result["rows"]))
+    print(text)
+
+
+if __name__ == "__main__":
+    run(app)

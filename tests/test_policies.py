@@ -1,0 +1,169 @@
+"""Policies: every budget is hit, every policy keeps what its name promises, and the best plan is the best of all counts."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.errors import InputError
+from kvcompress.heads import HeadClassification, HeadType, save_classifications
+from kvcompress.plan import RetentionPlan
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
+from kvcompress.planning.shapes import flat
+from kvcompress.retention import FULL
+
+LAYERS, KV_HEADS, CONTEXT = 5, 3, 1024
+WINDOWS = [16, 64, 256, 900]
+
+
+def sensitivity(seed: int = 0) -> Sensitivity:
+    generator = np.random.default_rng(seed)
+    shape = (len(WINDOWS), LAYERS, KV_HEADS)
+    fisher = np.sort(generator.exponential(size=shape) * generator.exponential(5, size=(1, LAYERS, KV_HEADS)), 0)[::-1]
+    joint = generator.exponential(size=(2, *shape[1:]))
+    facts = 0.1 * generator.exponential(size=shape[1:]) ** 3 * generator.uniform(0.5, 1, size=(6, 1, 1))
+    origin = {"num_attention_heads": 2 * KV_HEADS, "texts": ["a", "b"]}
+    return Sensitivity(WINDOWS, 4, CONTEXT, 100, 100, fisher.copy(), joint, facts, origin)
+
+
+@pytest.fixture(scope="module")
+def classifications(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classes") / "refined_classifications.json"
+    kinds = [HeadType.SINK_POSITIONAL, HeadType.SINK_MIXED, HeadType.GATHERING]
+    heads = []
+    for layer in range(LAYERS):
+        for head in range(2 * KV_HEADS):
+            kind = kinds[(layer + head // 2) % 3]
+            full = kind is HeadType.GATHERING
+            bounded = {} if full else {"keep_sinks": True, "compression_strategy": "sink_window"}
+            heads.append(HeadClassification(layer, head, kind, 0.9, recommended_window=-1 if full else 8, **bounded))
+    save_classifications(path, heads)
+    return path
+
+
+@pytest.fixture
+def planner(classifications: Path) -> Planner:
+    return Planner(sensitivity(), "some/model", 64, 2, CONTEXT, 0.5, classifications)
+
+
+BUDGETS = [0.0625, "12.5%", 0.25, "50%", 1.0, "100 tokens", "300 KB"]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy not in WITHOUT_BUDGET])
+def test_every_budget_is_hit(planner: Planner, policy: str, budget: float | str, tmp_path: Path) -> None:
+    amount = Budget.parse(budget)
+    plan = planner.plan(policy, amount)
+    wanted = planner.slots(amount)
+    assert plan.held(CONTEXT) == pytest.approx(wanted, rel=0.005)
+    assert plan.nbytes(CONTEXT, 64, 2) <= wanted * 256
+    if amount.kind == "bytes":
+        assert plan.nbytes(CONTEXT, 64, 2) == pytest.approx(amount.value, rel=0.005)
+    plan.save(tmp_path / "plan.json")
+    again = RetentionPlan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert (again.model_id, again.policy) == ("some/model", policy)
+    assert again.budget["context_length"] == CONTEXT
+    assert again.budget[amount.kind] == amount.value
+
+
+def held(plan: RetentionPlan) -> np.ndarray:
+    return np.array([kept.held(CONTEXT) for kept in flat(plan)])
+
+
+def test_uniform_heads_differ_by_one_slot_at_most(planner: Planner) -> None:
+    assert np.ptp(held(planner.plan("uniform", Budget.parse("12.5%")))) <= 1
+
+
+def test_controls_deal_the_same_retentions(planner: Planner) -> None:
+    budget = Budget.parse(0.25)
+    priced = planner.plan("priced", budget)
+    for name in ("random", "inverse"):
+        control = planner.plan(name, budget)
+        assert Counter(flat(control)) == Counter(flat(priced))
+        assert control != priced
+        assert control.policy == name
+    order = np.argsort(held(priced), kind="stable")
+    turned = held(planner.plan("inverse", budget))[order]
+    assert (np.diff(turned) <= 0).all()
+
+
+def test_retrieval_heads_are_those_that_carry_facts(planner: Planner) -> None:
+    planner.balance, budget = 5.0, Budget.parse(0.5)
+    count = planner.best(budget).retrieval_heads
+    assert 0 < count < LAYERS * KV_HEADS
+    plan = planner.plan("retrieval_heads", budget)
+    carried = planner.sensitivity.retrieval.mean(0).reshape(-1)
+    full = [i for i, kept in enumerate(flat(plan)) if kept == FULL]
+    assert set(full) == set(np.argsort(-carried)[:count].tolist())
+    assert np.ptp(np.delete(held(plan), full)) <= 1
+
+
+def test_the_number_of_retrieval_heads_is_the_best_of_all(planner: Planner) -> None:
+    for share in (0.125, 0.25, 0.5):
+        budget, pricing = Budget.parse(share), planner.pricing
+        best, slots, values = planner.best(budget), planner.slots(budget), []
+        for count in range(LAYERS * KV_HEADS + 1):
+            try:
+                found = pricing.divide(slots, count)
+            except ValueError:
+                break
+            values.append(found.text - planner.balance * found.success)
+        assert best.text - planner.balance * best.success == pytest.approx(min(values))
+
+
+def test_balance_trades_text_for_facts(planner: Planner) -> None:
+    slots, pricing = planner.slots(Budget.parse(0.25)), planner.pricing
+    ends = [pricing.best(slots, balance) for balance in (0.0, 0.05, 5.0)]
+    assert [one.text for one in ends] == sorted(one.text for one in ends)
+    assert [one.success for one in ends] == sorted(one.success for one in ends)
+    assert ends[0].success < ends[-1].success
+
+
+def test_expectations_at_the_ends(planner: Planner) -> None:
+    pricing, heads = planner.pricing, LAYERS * KV_HEADS
+    everything = np.full(heads, CONTEXT)
+    assert pricing.text(everything) == 0
+    assert pricing.success(everything) == 1
+    least = np.full(heads, WINDOWS[0] + 4)
+    assert pricing.text(least) == pytest.approx(planner.sensitivity.prices()[0].sum())
+    distances = (np.arange(64) + 0.5) / 64 * CONTEXT  # beyond all windows nothing of a fact is left
+    total = planner.sensitivity.retrieval.reshape(6, -1).sum(1)
+    expected = np.mean([np.exp(-total) if distance > 20 else np.ones(6) for distance in distances])
+    assert pricing.success(least) == pytest.approx(expected)
+
+
+def test_priced_buys_more_than_uniform_and_controls(planner: Planner) -> None:
+    planner.balance = 0.0
+    budget = Budget.parse(0.25)
+    cost = {name: planner.pricing.text(held(planner.plan(name, budget))) for name in POLICIES}
+    assert cost["priced"] < min(cost[name] for name in ("uniform", "random", "inverse", "class_table_scaled"))
+
+
+def test_the_scaled_class_table_keeps_its_shape(planner: Planner) -> None:
+    table = held(planner.plan("class_table", Budget.parse(0.25)))
+    scaled = held(planner.plan("class_table_scaled", Budget.parse(0.25)))
+    assert planner.plan("class_table", Budget.parse(0.5)) == planner.plan("class_table", Budget.parse(0.25))
+    for size in set(table):
+        assert np.ptp(scaled[table == size]) <= 1
+    assert scaled[table == 12].max() < scaled[table == CONTEXT].min()
+
+
+def test_wrong_wishes_are_refused(planner: Planner, classifications: Path) -> None:
+    with pytest.raises(InputError, match="unknown policy 'best'"):
+        planner.plan("best", Budget.parse(0.25))
+    with pytest.raises(InputError, match="less than one slot"):
+        planner.plan("priced", Budget.parse("1 KB"))
+    without = Planner(sensitivity(), "m", 64, 2, CONTEXT, 0.5)
+    with pytest.raises(InputError, match="need a classification file"):
+        without.plan("class_table", Budget.parse(0.25))
+    small = Planner(sensitivity(), "m", 64, 2, 12, 0.5)
+    with pytest.raises(InputError, match="no measured window is shorter than a context of 12"):
+        small.plan("priced", Budget.parse(0.5))
+    other = sensitivity()
+    other.origin = {**other.origin, "num_attention_heads": 3}
+    with pytest.raises(InputError, match="another model"):
+        Planner(other, "m", 64, 2, CONTEXT, 0.5, classifications).plan("class_table", Budget.parse(0.25))

@@ -1,0 +1,106 @@
+"""Sensitivity of heads: additive over documents, saved without loss, priced by a rule that can be checked by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
+from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.params.sensitivity import SensitivityParams
+from tests.tiny import prose, tiny_model, tiny_tokenizer
+
+PARAMS = SensitivityParams(
+    max_tokens=256, documents_per_text=2, windows=[4, 16, 64, 500], joint_windows=[16], sinks=2, fact_contexts=2,
+    facts_per_context=2, far=16, nodes=2,
+)  # fmt: skip
+TEXTS = {"a": prose(100, 5), "b": prose(100, 6)}
+
+
+def measured(name: str, texts: dict[str, str] | None = None, params: SensitivityParams = PARAMS) -> Sensitivity:
+    return measure_sensitivity(tiny_model(name), tiny_tokenizer(), texts or TEXTS, params, progress=False)
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("gpt_neox", 4), ("llama", 2)])
+def test_documents_add_up(name: str, kv_heads: int) -> None:
+    both = measured(name)
+    apart = [measured(name, {text: TEXTS[text]}) for text in TEXTS]
+    sums = apart[0] + apart[1]
+    assert both.fisher.shape == (3, 2, kv_heads)  # the window of 500 does not fit 256 tokens
+    assert both.windows == [4, 16, 64]
+    np.testing.assert_allclose(both.fisher, sums.fisher, rtol=1e-9)
+    np.testing.assert_allclose(both.joint, sums.joint, rtol=1e-9)
+    assert (both.tokens, both.joint_tokens) == (sums.tokens, sums.joint_tokens) == (4 * 256, 2 * 256)
+    assert both.retrieval.shape == (4, 2, kv_heads)
+    assert sums.retrieval.shape == (8, 2, kv_heads)
+    assert both.fisher[0].min() > both.fisher[-1].min() >= 0
+    assert np.abs(both.retrieval).max() > 0
+
+
+def test_the_same_texts_give_the_same_prices() -> None:
+    one, other = measured("llama"), measured("llama")
+    for field in ("fisher", "joint", "retrieval"):
+        assert np.array_equal(getattr(one, field), getattr(other, field))
+
+
+def made(fisher: np.ndarray, joint: np.ndarray) -> Sensitivity:
+    facts = np.zeros((1, *fisher.shape[1:]))
+    return Sensitivity([4, 16][: len(fisher)], 2, 64, 10, 5, fisher, joint, facts, {"num_attention_heads": 2})
+
+
+def test_prices_are_the_heads_own_times_their_layers_rate_and_shrunk() -> None:
+    fisher = np.array([[[10.0, 30], [20, 20]], [[0, 10], [10, 10]]])  # [window, layer, kv_head]
+    joint = np.array([[[5.0, 5], [10, 40]]])
+    found = made(fisher, joint).prices()
+    single, rate = fisher / 10, np.array([2 / 5, 10 / 6])  # joint a token over the heads' own, a layer
+    expected = single * rate[:, None]
+    expected *= single.sum() / expected.sum()
+    mean = expected.mean((1, 2), keepdims=True)
+    np.testing.assert_allclose(found, (1 - SHRINK) * expected + SHRINK * mean)
+
+
+def test_prices_fall_with_the_window_and_do_without_a_joint_price() -> None:
+    fisher = np.array([[[1.0, 3]], [[2.0, 1]]])
+    found = made(fisher, np.zeros((1, 1, 2))).prices()
+    assert (found[0] >= found[1]).all()
+    assert found[0, 0, 0] == found[1, 0, 0]  # the shorter window cannot be cheaper
+
+
+def test_a_file_comes_back_whole_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    found, path = measured("llama"), tmp_path / "head_sensitivity.safetensors"
+    found.save(path)
+    again = Sensitivity.load(path)
+    for name, value in vars(found).items():
+        assert np.array_equal(value, getattr(again, name)), name
+    tensors, header = read_tensors(path)
+    write_tensors(path, {**tensors, "fisher": torch.full_like(tensors["fisher"], torch.nan)}, header)
+    with pytest.raises(InputError, match="fisher holds values that are not finite"):
+        Sensitivity.load(path)
+    write_tensors(path, {**tensors, "joint": tensors["joint"][..., :1]}, header)
+    with pytest.raises(InputError, match="joint has the shape"):
+        Sensitivity.load(path)
+    write_tensors(path, {"fisher": tensors["fisher"]}, header)
+    with pytest.raises(InputError, match="does not hold the sensitivity"):
+        Sensitivity.load(path)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(InputError, match="context ends at 512"):
+        measured("llama", params=PARAMS.model_copy(update={"max_tokens": 1024}))
+    with pytest.raises(InputError, match="no window is shorter"):
+        measured("llama", params=PARAMS.model_copy(update={"windows": [500]}))
+    with pytest.raises(InputError, match="short"):
+        measured("llama", {"short": "Too short."})
+    with pytest.raises(UnsupportedModelError, match="softcap"):
+        measure_sensitivity(tiny_model("gemma2", "eager"), tiny_tokenizer(), TEXTS, PARAMS, progress=False)
+    with pytest.raises(InputError, match="cannot be added"):
+        measured("llama") + measured("gpt_neox")
+
+
+def test_a_model_comes_back_as_it_was() -> None:
+    model = tiny_model("llama")
+    measure_sensitivity(model, tiny_tokenizer(), TEXTS, PARAMS, progress=False)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
