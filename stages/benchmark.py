@@ -37,7 +37,7 @@ def main(
     metrics_file: MetricsFile = None,
     classifications_path: Annotated[
         Path | None,
-        typer.Option(help="Classes for head_aware [default: data-dir/refined_classifications.json, without --plan]."),
+        typer.Option(help="Classes for head_aware [without this and --plan: the pipeline's, and benchmark.plans]."),
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Retention plan for head_aware; repeatable.")] = None,
     plans_dir: Annotated[Path, typer.Option(help="Folder of the plans that benchmark.plans names.")] = Path(
@@ -70,9 +70,11 @@ def main(
         require_room(settings, record.max_context, record.id)
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
-    named = [plans_dir / record.id.replace("/", "--") / f"{name}.json" for name in settings.plans]
-    classes = classifications_path or (None if plan else data_dir / "refined_classifications.json")
-    entrants = entrants_for(methods, model.config, settings, classes, plan or named)
+    paths, classes = list(plan or ()), classifications_path
+    if not paths and classes is None:
+        classes = data_dir / "refined_classifications.json"
+        paths = [plans_dir / record.id.replace("/", "--") / f"{name}.json" for name in settings.plans]
+    entrants = entrants_for(methods, model.config, settings, classes, paths)
     samples = samples_of(tokenizer, texts, settings)
     records = run_benchmark(model, samples, entrants, settings)
     weights = sum(weight.nbytes for weight in model.parameters())
