@@ -4,22 +4,22 @@ import re
 
 import pytest
 
-from kvcompress.artifacts import read_json
 from kvcompress.errors import InputError
-from kvcompress.evaluation.readme import block, replaced
+from kvcompress.evaluation.readme import current
 from tests.project import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_is_current() -> None:
-    report = read_json(ROOT / "reports/devices/nvidia-h100/ablation.json")
-    assert replaced(README, block(report)) == README
+def test_the_tables_are_current() -> None:
+    assert current(README, ROOT) == README
 
 
 def test_marks_are_needed() -> None:
     with pytest.raises(InputError, match="once each"):
-        replaced("nothing", "x")
+        current("nothing", ROOT)
+    with pytest.raises(InputError, match="once each"):
+        current(README + README, ROOT)
 
 
 def test_files_that_it_links_exist() -> None:

@@ -1,11 +1,13 @@
-"""The README's table of results, made from a report: no number there is typed in by hand.
+"""The README's tables of results, made from reports: no number there is typed in by hand.
 
-Run: python -m kvcompress.evaluation.readme reports/devices/nvidia-h100/ablation.json
+Run: python -m kvcompress.evaluation.readme
 
-What stands between the two `ablation` marks of README.md is replaced; a test checks that it is current.
+Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in README.md stands what the report REPORT says;
+the same for `plans`. A test checks that both are current.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,13 @@ import typer
 
 from kvcompress.artifacts import read_json, read_text, write_text
 from kvcompress.errors import InputError
-from kvcompress.evaluation.ablation_report import origin, verdict
+from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 
-BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+Results = Sequence[Mapping[str, Any]]
+MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DOTALL)
 
 
-def block(results: Sequence[Mapping[str, Any]]) -> str:
+def ablation(results: Results) -> str:
     """The table of all contenders of an ablation report, smallest first, and the class table's verdict."""
     rows = {row["name"]: row for result in results for row in result["rows"]}
     tasks = list(next(iter(rows.values()))["retrieval"])
@@ -30,24 +33,35 @@ def block(results: Sequence[Mapping[str, Any]]) -> str:
         cells += [f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"]
         cells += [f"{row['retrieval'][task]['correct']}/{row['retrieval'][task]['total']}" for task in tasks]
         lines.append("| " + " | ".join(cells) + " |")
-    sentence = verdict(rows["class table"])
-    return "\n".join([*lines, "", f"**{sentence}**"])
+    return "\n".join([*lines, "", f"**{verdict(rows['class table'])}**"])
 
 
-def replaced(readme: str, content: str) -> str:
-    """The README with `content` between the marks. Raises `InputError` where the marks are not there once each."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise InputError(f"README.md needs the marks {BEGIN} and {END} once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+def plans(results: Results) -> str:
+    """Allocated plans against uniform caches of the same bytes, and the verdicts on the policy `priced`."""
+    (result,) = results
+    sentences = [verdict(row) for row in result["rows"] if row["family"] == "priced"]
+    return "\n".join(
+        [origin(result), "", *plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)]
+    )
 
 
-def main(
-    report: Annotated[Path, typer.Argument(help="An ablation.json.")],
-    readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = Path("README.md"),
-) -> None:
-    """Rewrite the results in the README from a report."""
-    write_text(readme, replaced(read_text(readme), block(read_json(report))))
+BLOCKS: dict[str, Callable[[Results], str]] = {"ablation": ablation, "plans": plans}
+
+
+def current(readme: str, folder: Path) -> str:
+    """The README with every marked block made anew from its report; `folder` is what the reports' paths start from.
+
+    Raises `InputError` where a block has no marks, or not once.
+    """
+    found = [match[2] for match in MARKED.finditer(readme)]
+    if sorted(found) != sorted(BLOCKS):
+        raise InputError(f"README.md has the marked blocks {found}, expected {list(BLOCKS)} once each")
+    return MARKED.sub(lambda one: f"{one[1]}\n\n{BLOCKS[one[2]](read_json(folder / one[3]))}\n\n{one[4]}", readme)
+
+
+def main(readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = Path("README.md")) -> None:
+    """Rewrite the results in the README from the reports that it names."""
+    write_text(readme, current(read_text(readme), readme.parent))
 
 
 if __name__ == "__main__":
