@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from kvcompress.cache import judged
 from kvcompress.cache.ragged_cache import RaggedCache
@@ -18,7 +18,6 @@ from kvcompress.evaluation import timing
 from kvcompress.evaluation.benchmark import Record, run_benchmark, samples_of
 from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
 from kvcompress.evaluation.entrants import Entrant, baseline, entrants_for, head_aware
-from kvcompress.methods import FixSizeL2Compressor, L2Compressor
 from kvcompress.params.benchmark import BASELINES, FULL, BenchmarkParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL as FULL_HEAD
@@ -45,9 +44,6 @@ def samples(count: int = 2, length: int = 76) -> list[tuple[str, torch.Tensor]]:
 def entrants() -> list[Entrant]:
     config = tiny_model("llama").config
     found = entrants_for((FULL, *BASELINES), config, PARAMS, None)
-    # the L2 methods leave the first two layers full, which is all that this model has
-    rules = {"l2_compress": L2Compressor(0.25, 63, ()), "fix_size_l2": FixSizeL2Compressor(16, 0.5, skip_layers=())}
-    found = [Entrant(one.name, one.method, "", rules.get(one.name, one.compressor)) for one in found]
     return [*found, *(head_aware(name, plan(name), "test", config) for name in PLANS)]
 
 
@@ -185,12 +181,27 @@ def test_who_cannot_take_part_is_told_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*classes.json"):
         entrants_for(["head_aware"], config, PARAMS, tmp_path / "classes.json")
     with pytest.raises(InputError, match=r"share is 0.03 .* 2 slots a head, expected more than benchmark.sinks 2"):
-        baseline("recent_only", PARAMS.model_copy(update={"share": 0.03}))
+        baseline("recent_only", 2, PARAMS.model_copy(update={"share": 0.03}))
     RetentionPlan.uniform(FULL_HEAD, 3, 2, 4).save(tmp_path / "other.json")
     with pytest.raises(InputError, match=r"other.json is for \(3, 2, 4\) layers.* the model has \(2, 2, 4\)"):
         entrants_for(["head_aware"], config, PARAMS, None, [tmp_path / "other.json"])
     names = [one.name for one in entrants_for(["recent_only", "full", "recent_only"], config, PARAMS, None)]
     assert names == ["full", "recent_only"]
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_keep_equally_much_of_the_prompt(method: str, layers: int) -> None:
+    config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, hidden_size=8)
+    params = BenchmarkParams(max_tokens=512, share=0.25)
+    entrant = baseline(method, layers, params)
+    cache = DynamicCache(config=config)
+    for layer in range(layers):
+        cache.update(torch.randn(1, 1, 512, 4), torch.randn(1, 1, 512, 4), layer)
+    assert entrant.compressor is not None
+    held = [sum(heads) for heads in entrant.compressor.compress(cache, config=config).held()]
+    assert sum(held) == pytest.approx(0.25 * layers * 512, rel=0.01)
+    assert (held[0] == 512) == (layers == 30 and "l2" in method)
 
 
 def test_memory_is_counted_for_one_contender_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from kvcompress.params.benchmark import BASELINES, FULL, HEAD_AWARE, METHODS, Be
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan
 
+SKIPPED = (0, 1)  # layers that the L2 methods leave full
+
 
 @dataclass(frozen=True)
 class Entrant:
@@ -29,10 +31,11 @@ class Entrant:
     plan: RetentionPlan | None = None
 
 
-def baseline(method: str, params: BenchmarkParams) -> Entrant:
-    """A baseline that keeps `params.share` of the prompt in every head (the L2 methods leave two layers full).
+def baseline(method: str, layers: int, params: BenchmarkParams) -> Entrant:
+    """A baseline that keeps `params.share` of the prompt in a model of `layers` layers, all counted.
 
-    Raises `InputError` where that is no more than the sinks.
+    The L2 methods leave the first two layers full, as their paper does, and the others pay for it; where that is more
+    than the share, they leave none. Raises `InputError` where a share is no more than the sinks.
     """
     slots, sinks = round(params.share * params.max_tokens), params.sinks
     if slots <= sinks:
@@ -40,14 +43,18 @@ def baseline(method: str, params: BenchmarkParams) -> Entrant:
             f"benchmark.share is {params.share} of benchmark.max_tokens {params.max_tokens}, which is {slots} slots a "
             f"head, expected more than benchmark.sinks {sinks}"
         )
+    skip = SKIPPED if params.share * layers > len(SKIPPED) else ()
+    part = (params.share * layers - len(skip)) / (layers - len(skip))
+    ranked = max(round(part * params.max_tokens), 1)
+    full = f", layers {' and '.join(map(str, skip))} full" if skip else ""
     of: dict[str, tuple[str, Compressor]] = {
         "l2_compress": (
-            f"smallest {params.share:.0%} of key norms, once, after the prompt",
-            L2Compressor(params.share, prune_after=params.max_tokens - 1),
+            f"smallest {part:.1%} of key norms, once, after the prompt{full}",
+            L2Compressor(part, prune_after=params.max_tokens - 1, skip_layers=skip),
         ),
         "fix_size_l2": (
-            f"{slots} slots, half recent, half by key norm",
-            FixSizeL2Compressor(slots, keep_ratio=0.5),
+            f"{ranked} slots, half recent, half by key norm{full}",
+            FixSizeL2Compressor(ranked, keep_ratio=0.5, skip_layers=skip),
         ),
         "streaming_llm": (
             f"{sinks} sinks + window of {slots - sinks}",
@@ -89,7 +96,8 @@ def entrants_for(
     """
     require_known(methods)
     found = [Entrant(FULL, FULL, "DynamicCache, SDPA")]
-    found += [baseline(method, params) for method in BASELINES if method in methods]
+    layers = model_shape(config).num_layers
+    found += [baseline(method, layers, params) for method in BASELINES if method in methods]
     if HEAD_AWARE in methods:
         if classifications is not None:
             table = class_table_plan(classifications, model_shape(config).num_key_value_heads)
