@@ -56,7 +56,7 @@ def growth_figure(growth: Rows, subtitle: str) -> Figure:
             axis.grid(alpha=0.25, lw=0.5)
             axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.suptitle(f"Cost of one decoded token\n{subtitle}", fontsize=11)
     return figure
 

@@ -82,8 +82,8 @@ def origin(result: Row) -> str:
         f"{where['torch']}, transformers {where['transformers']}. {settings['num_samples']} prompts of "
         f"{settings['max_tokens']} tokens from {', '.join(dict.fromkeys(result['samples']))}, read in full and then "
         f"compressed; the {settings['max_new_tokens']} tokens that follow are decoded one by one, methods in turns of "
-        f"{settings['turn']}. Times are medians; the first step of a turn is warm-up. Every ratio is to the full cache "
-        f"of the same run. Perplexity and accuracy are of only {rows[0]['tokens']} tokens: the ablation judges quality."
+        f"{settings['turn']}. Times are medians; the first step of a turn is warm-up. × full: how much faster, the "
+        f"median of the ratios to the full cache's step in the same turn. Perplexity and accuracy are of only {rows[0]['tokens']} tokens: the ablation judges quality."
     )
 
 

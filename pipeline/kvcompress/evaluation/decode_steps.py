@@ -21,7 +21,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.shape import ModelShape
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.errors import InputError
-from kvcompress.evaluation.timing import Spread, devices_of, timed
+from kvcompress.evaluation.timing import Spread, devices_of, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
@@ -32,7 +32,7 @@ WARM_UP = 2  # rounds that are thrown away
 
 @dataclass
 class Cost:
-    """One contender at one context: median milliseconds with percentiles; ratios say how much faster than `DENSE`."""
+    """One contender at one context: median milliseconds with percentiles, and how much faster than `DENSE`, round by round."""
 
     contender: str
     context: int
@@ -134,9 +134,9 @@ def measure(
             alone[name].append(timed(partial(attention_step, caches[name], query, keys, values), devices)[1])
     costs = []
     for name, cache in caches.items():
-        step, attention = Spread.of(steps[name][WARM_UP:]), Spread.of(alone[name][WARM_UP:])
-        ratios = [Spread.of(times[DENSE][WARM_UP:]).median for times in (steps, alone)]
-        megabytes = held_bytes(cache) / 1e6
-        of_step, of_attention = ratios[0] / step.median, ratios[1] / attention.median
-        costs.append(Cost(name, context, batch, megabytes, *step, of_step, *attention, of_attention))
+        step, attention = steps[name][WARM_UP:], alone[name][WARM_UP:]
+        of_step = times_faster(steps[DENSE][WARM_UP:], step)
+        of_attention = times_faster(alone[DENSE][WARM_UP:], attention)
+        spreads = [*Spread.of(step), of_step, *Spread.of(attention), of_attention]
+        costs.append(Cost(name, context, batch, held_bytes(cache) / 1e6, *spreads))
     return costs

@@ -6,7 +6,7 @@ A call's time includes the work it left to a GPU. Nothing here knows what is tim
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,11 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: Collection[float]) -> "Spread":
         return cls(*(float(number) for number in np.percentile(list(values), [50, 10, 90])))
+
+
+def times_faster(reference: Sequence[float], own: Sequence[float]) -> float:
+    """Median of the ratios of two runs that took turns: what slows a machine for a while slows both of a pair."""
+    return float(np.median(np.divide(reference, own)))
 
 
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
