@@ -83,7 +83,8 @@ def origin(result: Row) -> str:
         f"{settings['max_tokens']} tokens from {', '.join(dict.fromkeys(result['samples']))}, read in full and then "
         f"compressed; the {settings['max_new_tokens']} tokens that follow are decoded one by one, methods in turns of "
         f"{settings['turn']}. Times are medians; the first step of a turn is warm-up. × full: how much faster, the "
-        f"median of the ratios to the full cache's step in the same turn. Perplexity and accuracy are of only {rows[0]['tokens']} tokens: the ablation judges quality."
+        "median of the ratios to the full cache's step in the same turn. Perplexity and accuracy are of only "
+        f"{rows[0]['tokens']} tokens: the ablation judges quality."
     )
 
 

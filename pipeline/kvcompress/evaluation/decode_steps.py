@@ -32,7 +32,7 @@ WARM_UP = 2  # rounds that are thrown away
 
 @dataclass
 class Cost:
-    """One contender at one context: median milliseconds with percentiles, and how much faster than `DENSE`, round by round."""
+    """One contender at one context: median milliseconds with percentiles; ratios say how much faster than `DENSE`."""
 
     contender: str
     context: int
