@@ -62,11 +62,12 @@ def growth_figure(growth: Rows, subtitle: str) -> Figure:
 
 
 def growth_columns(growth: Rows) -> list[dict[str, Any]]:
-    """One row a context and batch, one column a cache (median milliseconds of a step): what `dvc plots` draws as lines."""
-    table: dict[tuple[int, int], dict[str, Any]] = {}
+    """One row a context, one column a cache: median milliseconds of a step at the smallest batch, lines in `dvc plots`."""
+    smallest = min(row["batch"] for row in growth)
+    table: dict[int, dict[str, Any]] = {}
     for row in growth:
-        place = row["context"], row["batch"]
-        table.setdefault(place, {"context": place[0], "batch": place[1]})[row["contender"]] = row["step_ms"]
+        if row["batch"] == smallest:
+            table.setdefault(row["context"], {"context": row["context"]})[row["contender"]] = row["step_ms"]
     return list(table.values())
 
 
