@@ -21,8 +21,8 @@ test: setup
 	@ruff check . && ruff format --check .
 	@echo "== mypy: types in pipeline/ and stages/"
 	@mypy
-	@echo "== pytest"
-	@pytest
+	@echo "== pytest, on all cores"
+	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile
 
 setup: $(READY)
 

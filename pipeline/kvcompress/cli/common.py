@@ -1,0 +1,72 @@
+"""What the subcommands share: options that choose a model and texts, and loading both."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress.artifacts import read_text
+from kvcompress.errors import InputError
+from kvcompress.params.model import ModelParams
+
+if TYPE_CHECKING:  # slow imports; help and completion do without
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvcompress.models import ModelRecord
+
+Model = Annotated[str, typer.Argument(help="A model folder (safetensors), or a name on the Hugging Face hub.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", "-t", help="A UTF-8 text file (repeatable) [default: help topics of Python]."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto spreads a model that does not fit one device.")]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+
+
+def model_params(
+    model: str, device: str, dtype: str, device_map: str | None, revision: str, trust: bool
+) -> ModelParams:
+    """Settings of a model that the command line names. Raises `InputError` for a name that can be neither."""
+    place: dict[str, Any]
+    if Path(model).is_dir():
+        place = {"source": "local", "local": {"path": model}}
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise InputError(f"MODEL is {model!r}, but there is no such folder, and it is no name on the hub")
+    else:
+        place = {"source": "hub", "hub": {"id": model, "revision": revision}}
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    rest = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust}
+    return ModelParams.model_validate(place | rest)
+
+
+def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelRecord]":
+    """Model, tokenizer and record; a hub model is fetched."""
+    from kvcompress.models import load_folder, locate_model
+
+    record, folder = locate_model(params)
+    model, tokenizer = load_folder(folder, params)
+    model.config.name_or_path = record.id
+    return model, tokenizer, record
+
+
+def read_texts(paths: Sequence[Path] | None) -> dict[str, str]:
+    """Name -> text of the files, or the help topics of Python's standard library."""
+    from kvcompress.corpora import stdlib_topics
+
+    if not paths:
+        return {"pydoc": stdlib_topics("pydoc_data.topics")}
+    texts = {path.stem: read_text(path) for path in paths}
+    if len(texts) < len(paths):
+        raise InputError(f"--text names {len(paths)} files, but two of them have the same name")
+    return texts
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

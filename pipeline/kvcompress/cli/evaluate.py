@@ -1,0 +1,73 @@
+"""`kvcompress evaluate MODEL --plan plan.json --text FILE`: what plans cost, against uniform caches of the same bytes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.cli.common import (
+    AsJson,
+    Device,
+    DeviceMap,
+    Dtype,
+    Model,
+    Revision,
+    Trust,
+    model_params,
+    open_model,
+    print_json,
+    read_texts,
+)
+
+
+def evaluate(
+    model: Model,
+    plan: Annotated[list[Path], typer.Option(help="Plan file (repeatable).")],
+    text: Annotated[
+        list[Path], typer.Option("--text", "-t", help="A UTF-8 file that no plan was made on (repeatable).")
+    ],
+    max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 2048,
+    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
+    retrieval_depths: Annotated[int, typer.Option(min=1, help="Places in the context where facts are hidden.")] = 5,
+    retrieval_length: Annotated[int | None, typer.Option(min=64, help="Tokens [default: max-tokens less 48].")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the whole result as JSON.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = "main",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity, accuracy, KL and facts found, of every plan and of the uniform cache that holds as many bytes.
+
+    Example: `kvcompress evaluate HuggingFaceTB/SmolLM2-135M --plan plan.json --text another_book.txt`
+    """
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    texts = read_texts(text)
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from kvcompress.artifacts import write_json
+    from kvcompress.evaluation.ablation import compare
+    from kvcompress.evaluation.ablation_report import report
+    from kvcompress.evaluation.contenders import plan_contenders
+    from kvcompress.params.ablation import ComparePlansParams
+
+    loaded, tokenizer, record = open_model(params)
+    settings = ComparePlansParams(
+        max_tokens=max_tokens,
+        documents_per_text=documents_per_text,
+        chunk_size=1024,
+        retrieval_lengths=[retrieval_length or max(max_tokens - 48, 64)],
+        retrieval_depths=retrieval_depths,
+        plans=[path.stem for path in plan],
+    )
+    contenders = plan_contenders(loaded.config, max_tokens, plan)
+    result = compare(loaded, tokenizer, record.id, texts, contenders, settings)
+    if output:
+        write_json(output, result)
+    if as_json:
+        print_json(result)
+    else:
+        Console().print(Markdown(report([result])))

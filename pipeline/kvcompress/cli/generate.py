@@ -1,0 +1,89 @@
+"""`kvcompress generate MODEL --plan plan.json`: text from a model that keeps what the plan says."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from kvcompress.cli.common import (
+    AsJson,
+    Device,
+    DeviceMap,
+    Dtype,
+    Model,
+    Revision,
+    Trust,
+    model_params,
+    open_model,
+    print_json,
+)
+from kvcompress.errors import InputError
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt [default: standard input].")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file [default: the full cache].")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text that comes before the prompt, such as a document.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    prefill: Annotated[
+        str, typer.Option(help="exact: the prompt attends in full; streaming: bounded memory.")
+    ] = "exact",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = "main",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with a compressed cache.
+
+    Example: `kvcompress generate HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --prompt-file book.txt --plan plan.json`
+    """
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    if prefill not in ("exact", "streaming"):
+        raise InputError(f"--prefill is {prefill!r}, expected exact or streaming")
+    text = prompt if prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+
+    import torch
+    from transformers import TextStreamer
+
+    from kvcompress.artifacts import read_text
+    from kvcompress.methods import HeadAwareCompressor
+    from kvcompress.models import input_device
+
+    text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
+    if not text.strip():
+        raise InputError("there is no prompt: give PROMPT, --prompt-file or standard input")
+    loaded, tokenizer, _ = open_model(params)
+    compressor = (
+        HeadAwareCompressor.from_plan(plan) if plan else HeadAwareCompressor.from_model_config(loaded.config, "full")
+    )
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(input_device(loaded))
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    length, start = inputs.input_ids.shape[1], time.perf_counter()
+    with compressor.attached(loaded):
+        cache = compressor.new_cache(loaded.config, cast(Literal["exact", "streaming"], prefill))
+        ids = loaded.generate(
+            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        )
+    new = ids[0, length:]
+    if as_json:
+        answer = tokenizer.decode(new, skip_special_tokens=True)
+        figures = {"seen": cache.seen, "bytes": cache.nbytes, "peak_bytes": cache.peak_nbytes}
+        spent = {"prompt_tokens": length, "new_tokens": len(new), "seconds": round(time.perf_counter() - start, 3)}
+        print_json({"text": answer, **spent, "cache": figures})
+    else:
+        sys.stderr.write(f"{cache}\n")

@@ -1,0 +1,73 @@
+"""Head maps in the terminal: a row a layer, a cell a head, coloured by class, by slots or by any number."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from kvcompress.heads import ClassificationFile, HeadType
+from kvcompress.plan import RetentionPlan
+
+# A letter for every class, and Okabe and Ito's colours, which colour-blind readers can tell apart.
+LETTERS = {
+    HeadType.SINK_POSITIONAL: ("s", "#56B4E9"),
+    HeadType.TRUE_POSITIONAL: ("t", "#0072B2"),
+    HeadType.POSITIONAL: ("p", "#0072B2"),
+    HeadType.SINK_MIXED: ("x", "#E69F00"),
+    HeadType.GATHERING: ("G", "#D55E00"),
+    HeadType.MIXED: ("m", "#009E73"),
+    HeadType.DEAD: (".", "#999999"),
+}
+SHADES = " .:-=+*#%@"  # ten steps, readable without colour
+
+
+def class_map(file: ClassificationFile, console: Console | None = None) -> None:
+    """Classes of all query heads."""
+    out = console or Console()
+    out.print("layer  query heads")
+    for i, layer in enumerate(file.layers):
+        row = Text(f"{i:>5}  ")
+        for head in layer:
+            letter, colour = LETTERS[head.head_type]
+            row.append(f"{letter} ", style=colour)
+        out.print(row)
+    used = [kind for kind in LETTERS if any(head.head_type is kind for head in file.classifications)]
+    legend = Text("\n")
+    for kind in used:
+        letter, colour = LETTERS[kind]
+        count = sum(head.head_type is kind for head in file.classifications)
+        legend.append(f"{letter} {kind.value} {count}   ", style=colour)
+    out.print(legend)
+
+
+def plan_map(plan: RetentionPlan, context: int, console: Console | None = None) -> None:
+    """Slots of all KV heads after `context` tokens."""
+    held = [[kept.held(context) for kept in layer] for layer in plan.layers]
+    number_map(held, f"slots held of {context}, {plan.policy}", console, low=0, high=context, decimals=0)
+
+
+def number_map(
+    values: Sequence[Sequence[float]] | np.ndarray,
+    title: str,
+    console: Console | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    decimals: int = 3,
+) -> None:
+    """Numbers `[layer][head]` as shades, dark to bright from `low` to `high`; the numbers beside them where they fit."""
+    out, grid = console or Console(), np.asarray(values, dtype=float)
+    least, most = (float(grid.min()) if low is None else low), (float(grid.max()) if high is None else high)
+    span = most - least or 1.0
+    written = [[f"{value:.{decimals}f}" for value in row] for row in grid]
+    wide = max(len(word) for row in written for word in row)
+    with_numbers = 7 + grid.shape[1] * (wide + 3) <= out.width
+    out.print(f"{title}: {least:.{decimals}f} to {most:.{decimals}f}")
+    for i, row in enumerate(grid):
+        line = Text(f"{i:>5}  ")
+        for j, value in enumerate(row):
+            step = min(int(max(value - least, 0) / span * len(SHADES)), len(SHADES) - 1)
+            level = 60 + round(195 * step / (len(SHADES) - 1))
+            cell = f"{SHADES[step]}{written[i][j]:>{wide + 1}} " if with_numbers else f"{SHADES[step]} "
+            line.append(cell, style=f"rgb({level},{level},{max(255 - level, 60)})")
+        out.print(line)

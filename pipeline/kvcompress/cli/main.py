@@ -1,0 +1,48 @@
+"""The `kvcompress` command: one subcommand a module; errors that a user can mend end it with one sentence and code 1."""
+
+import os
+import sys
+
+import typer
+
+from kvcompress import __version__
+from kvcompress.cli.analyze import analyze
+from kvcompress.cli.evaluate import evaluate
+from kvcompress.cli.generate import generate
+from kvcompress.cli.plan import plan
+from kvcompress.cli.show import show
+from kvcompress.errors import KVCompressError
+
+app = typer.Typer(
+    help="Measure what every attention head does, and keep only the KV cache it needs.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for command in (analyze, plan, generate, evaluate, show):
+    app.command()(command)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: bool = typer.Option(False, "--version", callback=print_version, is_eager=True)) -> None:
+    """Measure what every attention head does, and keep only the KV cache it needs."""
+
+
+def run() -> None:
+    """Entry point. Exit codes: 0 done, 1 an error that a sentence explains, 2 a wrong command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except KVCompressError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
+        raise SystemExit(1) from None

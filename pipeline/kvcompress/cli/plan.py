@@ -1,0 +1,87 @@
+"""`kvcompress plan MODEL --budget 25%`: price the heads and spend a budget on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.cli.common import (
+    AsJson,
+    Device,
+    DeviceMap,
+    Dtype,
+    Model,
+    Revision,
+    Texts,
+    Trust,
+    model_params,
+    open_model,
+    print_json,
+    read_texts,
+)
+from kvcompress.errors import InputError
+
+
+def plan(
+    model: Model,
+    budget: Annotated[list[str], typer.Option(help="25%, '512 tokens' for each KV head, or '40 MB' (repeatable).")] = [  # noqa: B006
+        "25%"
+    ],
+    policy: Annotated[str, typer.Option(help="priced, uniform, retrieval_heads, class_table ...")] = "priced",
+    text: Texts = None,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of context at which the budget is counted.")] = 2048,
+    balance: Annotated[float, typer.Option(min=0, help="Nats a token that answering far questions is worth.")] = 0.2,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="Prices of the heads: read where the file exists, else measured and written.")
+    ] = None,
+    classifications: Annotated[Path | None, typer.Option(help="Classes, for the class table's policies.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file; a folder for several.")] = Path(
+        "plan.json"
+    ),
+    max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document that heads are priced on.")] = 2048,
+    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = "main",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a retention plan: what every KV head may keep.
+
+    Example: `kvcompress plan HuggingFaceTB/SmolLM2-135M --budget 25% --text book.txt -o plan.json`
+    """
+    from kvcompress.planning.budget import Budget
+
+    amounts = [Budget.parse(one) for one in budget]
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+
+    from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
+    from kvcompress.cli.head_map import plan_map
+    from kvcompress.params.base import override
+    from kvcompress.params.sensitivity import SensitivityParams
+    from kvcompress.planning.make_plan import make_plan
+
+    loaded, tokenizer, record = open_model(params)
+    if sensitivity and sensitivity.is_file():
+        found = Sensitivity.load(sensitivity)
+        if (found.origin.get("model_id"), found.origin.get("revision")) != (record.id, record.revision):
+            raise InputError(f"{sensitivity} was measured on {found.origin.get('model_id')}, the model is {record.id}")
+    else:
+        settings = override(SensitivityParams(), max_tokens=max_tokens, documents_per_text=documents_per_text)
+        found = measure_sensitivity(loaded, tokenizer, read_texts(text), settings, progress=not as_json)
+        found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
+        if sensitivity:
+            found.save(sensitivity)
+    written = []
+    for amount in amounts:
+        made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found)
+        place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
+        made.save(place)
+        size = made.nbytes(context, record.head_dim, loaded.dtype.itemsize)
+        written.append({"file": str(place), "share": made.share(context), "bytes": size, **made.made_from})
+        if not as_json:
+            plan_map(made, context)
+            print(f"{place}: {made.share(context):.2%} of the full cache, {size / 1e6:.2f} MB at {context} tokens")
+    if as_json:
+        print_json(written)

@@ -1,0 +1,31 @@
+"""Keys that much attention went to so far, the heavy hitters (Zhang et al. 2023, "H2O", arXiv 2306.14048)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcompress.scores.attention import received
+from kvcompress.scores.held import Held
+from kvcompress.scores.score import Score
+
+
+@dataclass(frozen=True)
+class AccumulatedAttention(Score):
+    """sum over queries q of softmax_k(q.k * scaling), divided by the number of queries that could see the key.
+
+    Query heads of a KV head are averaged. In a stream `held.earlier` carries the sums of the queries before these; to
+    go on, keep `received(held)` and `take` from it what is kept.
+
+    per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets
+        the same share of every query would rank by its age alone.
+    """
+
+    per_query: bool = True
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    def rank(self, held: Held) -> Tensor:
+        found = received(held)
+        return found.total / found.queries.clamp_min(1) if self.per_query else found.total

@@ -1,0 +1,88 @@
+"""Keys that future queries are expected to attend to (Devoto et al. 2025, "Expected Attention", arXiv 2510.00636)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache.rotation import Rotation
+from kvcompress.scores.held import Held
+from kvcompress.scores.score import Score, require_at_least
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Score):
+    """(softmax_k(s k.m + s^2 k'Ck / 2) + epsilon) |v|: attention of Gaussian queries, times what the key would add.
+
+    m and C are mean and covariance of the queries at hand before rotation, then rotated as future queries will be: with
+    R the mean of the rotations at the next `future` positions, R m and R C R'. s is `held.scaling`. For a Gaussian
+    query, exp(s k.q) has the mean exp(s k.m + s^2 k'Ck / 2); the softmax divides the keys' shares. Keys that stay are
+    left out of it, and query heads of a KV head are averaged after it.
+
+    R C R' is the paper's. It is less than the spread of the queries to come: planes that turn often within `future`
+    positions average to nothing, and what the rotations themselves add to the spread is not in it.
+
+    future: positions to look ahead.
+    skip: queries at the first positions that are not counted, as their vectors are far from all others; where there
+        are no others they are.
+    covariance: use C; without it every query is taken to be the mean one.
+    epsilon: added to the attention, so that a large value counts also where attention is next to nothing.
+    value_norm: multiply by |v|.
+    """
+
+    future: int = 512
+    skip: int = 4
+    covariance: bool = True
+    epsilon: float = 0.0
+    value_norm: bool = True
+
+    def __post_init__(self) -> None:
+        require_at_least(1, future=self.future)
+        require_at_least(0, skip=self.skip)
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    @property
+    def needs_rotation(self) -> bool:
+        return True
+
+    def rank(self, held: Held) -> Tensor:
+        assert held.rotation is not None
+        mean, spread = self.future_queries(held, held.rotation)
+        keys = held.keys.float()
+        logits = torch.einsum("bhnd,bhgd->bhgn", keys, mean) * held.scaling
+        if spread is not None:
+            for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
+                logits[:, :, i] += ((keys @ spread[:, :, i]) * keys).sum(-1) * (held.scaling**2 / 2)
+        expected = logits.masked_fill(~held.candidates[:, :, None], -float("inf")).softmax(-1).mean(2) + self.epsilon
+        return expected * held.values.float().norm(dim=-1) if self.value_norm else expected
+
+    def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
+        """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
+        at = held.at
+        queries = rotation.turn(held.grouped_queries, -at[:, None, None, :])
+        counted = at >= self.skip
+        counted = torch.where(counted.any(-1, keepdim=True), counted, at >= 0)
+        share = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
+        mean = (queries * share).sum(3)
+        ahead = mean_turn(rotation.dim, rotation.theta, queries.shape[-1], self.future).to(mean.device)
+        following = at.amax(-1, keepdim=True) + 1  # [batch or 1, 1]
+        ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
+        spread = None
+        if self.covariance:
+            centred = (queries - mean[:, :, :, None]) * share.sqrt()
+            spread = ahead.transpose(-1, -2) @ (centred.transpose(-1, -2) @ centred) @ ahead
+        return (mean[..., None, :] @ ahead)[..., 0, :], spread
+
+
+@lru_cache(maxsize=8)
+def mean_turn(dim: int, theta: float, size: int, positions: int) -> Tensor:
+    """What the mean of the rotations for 0 ... positions - 1 makes of each unit vector, `[head_dim, head_dim]`, row by row.
+
+    Rotations commute, so the mean over other positions that follow each other is this one turned by the first of them.
+    """
+    unit = torch.eye(size)[:, None].expand(size, positions, size)
+    return Rotation(dim, theta).turn(unit, torch.arange(positions)).mean(1)

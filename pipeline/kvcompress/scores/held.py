@@ -1,0 +1,92 @@
+"""What a score is given: the keys that a layer holds, with their places in the text, and the queries at hand.
+
+The same for both uses. At the end of an exact prefill the keys are those of the whole prompt and the queries too; while
+streaming the keys are what each head still holds, with holes between their positions, and the queries are those of the
+last chunk. Keys and queries come as the cache and the attention function have them, after rotation.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache.rotation import Rotation
+from kvcompress.errors import InputError
+from kvcompress.scores.history import Received
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors of one layer, or of those of its KV heads that hold equally many keys.
+
+    keys: `[batch, kv_head, key, head_dim]`, in any order; values: `[batch, kv_head, key, value_dim]`.
+    positions: where each key stands in the text, integers `[batch or 1, kv_head or 1, key]`; -1 is an empty slot (or a
+        pad), which every score answers with -inf.
+    scaling: multiplies the products of queries and keys, usually head_dim ** -0.5.
+    queries: `[batch, query_head, query, head_dim]`, those of one KV head side by side as in the model; None where
+        there are none. query_positions: integers `[batch or 1, query]`, ascending; negative at pads, which count for
+        nothing.
+    rotation: the model's rotary embedding, None where it is unknown.
+    limit: the model's own sliding window (a query at p sees nothing before p - limit + 1), None without one.
+    stays: bool `[batch or 1, kv_head or 1, key]`, keys that are kept whatever they score (sinks, window). Every score
+        answers them with +inf; those that compare keys with each other leave them out where their paper does.
+    earlier: what every key had received before these queries came, see `Received`; None where nothing is known.
+
+    Raises `InputError` where the shapes do not fit together.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scaling: float
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    rotation: Rotation | None = None
+    limit: int | None = None
+    stays: Tensor | None = None
+    earlier: Received | None = None
+
+    def __post_init__(self) -> None:
+        batch, heads, count = self.keys.shape[:3]
+        require("values", self.values.shape[:3], ((batch,), (heads,), (count,)))
+        for name in ("positions", "stays"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require(name, tensor.shape, ((batch, 1), (heads, 1), (count,)))
+        if self.queries is None:
+            return
+        if self.query_positions is None or self.queries.shape[1] % heads:
+            raise InputError(
+                f"queries {list(self.queries.shape)} need query_positions, and as many heads for each of {heads} KV heads"
+            )
+        require("query_positions", self.query_positions.shape, ((batch, 1), (self.queries.shape[2],)))
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Which slots hold a key, bool `[batch, kv_head, key]`."""
+        return (self.positions >= 0).expand(self.keys.shape[:3])
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """Which keys the choice is between, bool `[batch, kv_head, key]`."""
+        return self.real if self.stays is None else self.real & ~self.stays
+
+    @property
+    def grouped_queries(self) -> Tensor:
+        """The queries by KV head, float32 `[batch, kv_head, group, query, head_dim]`."""
+        assert self.queries is not None
+        return self.queries.float().unflatten(1, (self.keys.shape[1], -1))
+
+    @property
+    def at(self) -> Tensor:
+        """Positions of the queries, `[batch or 1, query]`."""
+        assert self.query_positions is not None
+        return self.query_positions
+
+
+def require(name: str, shape: torch.Size, allowed: tuple[tuple[int, ...], ...]) -> None:
+    """Raise `InputError` unless every size of `shape` is one of those allowed for it."""
+    if len(shape) != len(allowed) or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
+        expected = ", ".join(" or ".join(map(str, dict.fromkeys(sizes))) for sizes in allowed)
+        raise InputError(f"{name} is of shape {list(shape)}, expected [{expected}]")

@@ -1,0 +1,25 @@
+"""Keys unlike the others (Park et al. 2025, "KeyDiff", arXiv 2504.15364)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from kvcompress.scores.held import Held
+from kvcompress.scores.score import Score
+
+
+@dataclass(frozen=True)
+class KeyDiff(Score):
+    """-cos(k, a) with the anchor a, the mean of all keys held, each at length 1 and as rotated. No parameters.
+
+    Sinks and window are part of the anchor: the paper measures how much a key repeats what else is in the cache.
+    """
+
+    def rank(self, held: Held) -> Tensor:
+        real = held.real[..., None]
+        keys = held.keys.float()
+        # An empty slot may hold anything, NaN included, so it is replaced, not multiplied by 0.
+        units = normalize(keys, dim=-1).masked_fill(~real, 0)
+        anchor = units.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
+        return -cosine_similarity(keys, anchor, dim=-1)

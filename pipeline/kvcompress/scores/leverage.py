@@ -1,0 +1,96 @@
+"""Keys that the others cannot replace, blended with attention (Chari and Van Durme 2025, "Compactor", arXiv 2507.08143).
+
+The leverage of a row of a matrix X is its entry on the diagonal of X (X'X)^-1 X': how far the row determines its own
+fit by all rows. It is 1 for a key in a direction of its own and small for one among many alike. A random projection of
+the head's dimensions to fewer keeps it approximately and makes X'X smaller.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import InputError
+from kvcompress.scores.held import Held
+from kvcompress.scores.non_causal import non_causal
+from kvcompress.scores.pooling import pool
+from kvcompress.scores.score import Score, require_at_least, require_odd
+
+
+@dataclass(frozen=True)
+class Leverage(Score):
+    """blend z(leverage of k) + z(attention on k among its neighbours, times |v|), with z(x) = (x - mean) / deviation.
+
+    Leverage is that of the keys before rotation, minus their mean, projected by a Gaussian matrix; attention is that of
+    `non_causal`, pooled over neighbours. z is taken within a KV head. Keys that stay are left out of everything: the
+    sinks' vectors and attention are of a size that would leave no difference between the rest.
+
+    sketch: dimensions after projection; a head with no more dimensions is not projected, which makes leverage exact.
+    ridge: added to the diagonal of X'X, so that it can be inverted where keys are few or alike.
+    blend: weight of leverage against attention. The authors' engine uses 0.5; a reference implementation of theirs
+        takes the share of keys to be removed.
+    chunk: positions in a chunk of non-causal attention.
+    scale: multiplies the products of queries and keys there. The authors' programs use 1, which makes attention sharper
+        than the model's own by head_dim ** 0.5; None takes the model's scaling.
+    kernel: keys that attention is pooled over, odd.
+    unrotate: take keys before rotation. Without it (for models whose rotary embedding is not known, or that have none)
+        they are taken as they are cached.
+    seed: of the random projection, one for all heads and layers.
+    """
+
+    sketch: int = 48
+    ridge: float = 0.01
+    blend: float = 0.5
+    chunk: int = 256
+    scale: float | None = 1.0
+    kernel: int = 3
+    unrotate: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(1, sketch=self.sketch, chunk=self.chunk)
+        require_odd(kernel=self.kernel)
+        if self.ridge <= 0:
+            raise InputError(f"ridge is {self.ridge}, expected more than 0")
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    @property
+    def needs_rotation(self) -> bool:
+        return self.unrotate
+
+    def rank(self, held: Held) -> Tensor:
+        attention = non_causal(held, self.chunk, held.scaling if self.scale is None else self.scale)
+        attention = attention * held.values.float().norm(dim=-1)
+        places = held.positions.where(held.candidates, -1)
+        attention = pool(attention, places, self.kernel // 2, "mean")
+        return self.blend * standard(self.leverage(held), held.candidates) + standard(attention, held.candidates)
+
+    def leverage(self, held: Held) -> Tensor:
+        """Leverage of each candidate among the candidates, float32 `[batch, kv_head, key]`."""
+        keys, there = held.keys.float(), held.candidates[..., None]
+        if self.unrotate:
+            assert held.rotation is not None
+            keys = held.rotation.turn(keys, -held.positions)
+        keys = keys.masked_fill(~there, 0)
+        keys = (keys - keys.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)).masked_fill(~there, 0)
+        if self.sketch < keys.shape[-1]:
+            generator = torch.Generator().manual_seed(self.seed)  # of the CPU, so that every device draws the same
+            gaussian = torch.randn(keys.shape[-1], self.sketch, generator=generator) / self.sketch**0.5
+            keys = keys @ gaussian.to(keys.device)
+        # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
+        exact = keys.double()
+        factor = torch.linalg.cholesky(exact.mT @ exact + self.ridge * torch.eye(keys.shape[-1]).to(exact))
+        inverse = torch.linalg.solve_triangular(factor.mT, torch.eye(keys.shape[-1]).to(exact), upper=True)
+        return (exact @ inverse).square().sum(-1).float()
+
+
+def standard(scores: Tensor, there: Tensor) -> Tensor:
+    """Zero mean and unit deviation over the keys that are `there`, within a KV head, `[batch, kv_head, key]`."""
+    number = there.sum(-1, keepdim=True).clamp_min(1)
+    centred = scores.masked_fill(~there, 0)
+    centred = (centred - centred.sum(-1, keepdim=True) / number).masked_fill(~there, 0)
+    deviation = (centred.square().sum(-1, keepdim=True) / number).sqrt()
+    return centred / deviation.clamp_min(1e-6)

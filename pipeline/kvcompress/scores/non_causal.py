@@ -1,0 +1,55 @@
+"""Attention among neighbours, regardless of order: half of Compactor's score (arXiv 2507.08143).
+
+In a text whose queries are all at hand every query attends, without a causal mask, to the keys of its own chunk: late
+keys are judged by as many queries as early ones. While streaming, keys older than the queries have none of their own;
+they are attended by all queries at hand, together.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcompress.scores.attention import MASKED, block_size
+from kvcompress.scores.held import Held
+
+OLD, ABSENT = -1, -2  # in place of a chunk's number: keys older than all queries; pads, empty slots, keys that stay
+
+
+def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
+    """Attention that each candidate received, in multiples of the mean over its chunk; float32 `[batch, kv_head, key]`.
+
+    Chunks are `chunk` positions long, counted from the first query's. With n keys and m queries in a chunk the mean is
+    m / n, which is 1 in a text without holes: there this is the plain sum over queries. Keys that stay are taken to be
+    absent. Candidates in a chunk without queries get 0.
+    """
+    batch, heads, count = held.keys.shape[:3]
+    queries, at = held.grouped_queries, held.at
+    first = torch.where(at >= 0, at, at.amax()).amin(-1, keepdim=True)  # [batch or 1, 1]
+    of_query = torch.where(at >= 0, (at - first).div(chunk, rounding_mode="floor"), ABSENT)
+    of_key = (held.positions - first[:, None]).div(chunk, rounding_mode="floor").clamp_min(OLD)
+    of_key = torch.where(held.candidates, of_key, ABSENT)
+    scores = torch.zeros(batch, heads, count, dtype=torch.float32, device=held.keys.device)
+    for part in of_key.unique().tolist():
+        if part == ABSENT:
+            continue
+        chosen_keys = of_key == part
+        chosen_queries = of_query >= 0 if part == OLD else of_query == part
+        columns, rows = chosen_keys.any(0).any(0).nonzero()[:, 0], chosen_queries.any(0).nonzero()[:, 0]
+        keys = held.keys[:, :, columns].float()
+        scores[:, :, columns] += _received(
+            queries[:, :, :, rows], keys, chosen_queries[:, rows], chosen_keys[:, :, columns], scale
+        )
+    return scores
+
+
+def _received(queries: Tensor, keys: Tensor, asks: Tensor, there: Tensor, scale: float) -> Tensor:
+    """Mean attention of the queries that ask, `[batch or 1, query]`, on the keys that are there, times their number."""
+    total = torch.zeros(keys.shape[:3], device=keys.device)
+    group, hidden = queries.shape[2], ~there[:, :, None, None]
+    asks = asks[:, None, None, :, None]
+    step = block_size(queries.shape[0] * queries.shape[1] * group * keys.shape[2], keys.device)
+    for begin in range(0, queries.shape[3], step):
+        rows = queries[:, :, :, begin : begin + step]
+        scores = (rows.flatten(2, 3) @ keys.transpose(2, 3) * scale).unflatten(2, (group, -1))
+        weights = scores.masked_fill_(hidden, MASKED).softmax(-1)
+        total += weights.masked_fill_(~asks[:, :, :, begin : begin + step] | hidden, 0).sum(3).mean(2)
+    return total * there.sum(-1, keepdim=True) / asks.sum((1, 2, 3, 4)).clamp_min(1)[:, None, None]

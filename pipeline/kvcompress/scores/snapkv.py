@@ -1,0 +1,44 @@
+"""Keys that the last queries attend to (Li et al. 2024, "SnapKV", arXiv 2404.14469)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcompress.errors import InputError
+from kvcompress.scores.attention import received
+from kvcompress.scores.held import Held
+from kvcompress.scores.pooling import Pooling, pool
+from kvcompress.scores.score import Score, require_at_least, require_odd
+
+
+@dataclass(frozen=True)
+class SnapKV(Score):
+    """Mean over the last `window` queries q of softmax_k(q.k * scaling), pooled over the key's neighbours in the text.
+
+    Query heads of a KV head are averaged. The paper scores only keys before the observation window; a key inside it is
+    given the mean over those of the queries that could see it. Where fewer queries are at hand, as in a short chunk,
+    those observe.
+
+    window: queries that observe.
+    kernel: keys pooled over, the key itself and as many on each side; odd. Neighbours that are gone count for nothing.
+    pooling: "mean" or "max"; both keep what surrounds a key that is attended to.
+    """
+
+    window: int = 64
+    kernel: int = 5
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        require_at_least(1, window=self.window)
+        require_odd(kernel=self.kernel)
+        if self.pooling not in ("mean", "max"):
+            raise InputError(f"pooling is {self.pooling!r}, expected 'mean' or 'max'")
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    def rank(self, held: Held) -> Tensor:
+        found = received(held, self.window)
+        mean = found.total / found.queries.clamp_min(1)
+        return pool(mean, held.positions.expand(mean.shape), self.kernel // 2, self.pooling)

@@ -1,0 +1,73 @@
+"""Random keys and queries for the tests of scores: a prompt, a stream with holes, rows with padding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kvcompress.cache.rotation import Rotation
+from kvcompress.scores import Held, Received
+
+BATCH, HEADS, GROUP, SIZE, PROMPT = 2, 2, 3, 12, 40
+ROTATION = Rotation(8, 100.0)  # partial: four of a head's twelve dimensions do not turn
+
+
+def prompt() -> Held:
+    """The end of an exact prefill: all keys, all queries."""
+    torch.manual_seed(0)
+    return Held(
+        keys=torch.randn(BATCH, HEADS, PROMPT, SIZE),
+        values=torch.randn(BATCH, HEADS, PROMPT, 5),
+        positions=torch.arange(PROMPT)[None, None],
+        scaling=0.3,
+        queries=torch.randn(BATCH, HEADS * GROUP, PROMPT, SIZE),
+        query_positions=torch.arange(PROMPT)[None],
+        rotation=ROTATION,
+    )
+
+
+def stream() -> Held:
+    """A chunk of 14 queries on what every head of every row holds: other positions each, in any order, and the chunk."""
+    torch.manual_seed(1)
+    rows = [[torch.randperm(90)[:26].tolist() for _ in range(HEADS)] for _ in range(BATCH)]
+    positions = torch.tensor([[row + list(range(90, 104)) for row in heads] for heads in rows])
+    positions = positions.gather(-1, torch.rand(positions.shape).argsort(-1))
+    earlier = Received(torch.rand(positions.shape) * 5, torch.randint(5, 90, positions.shape).float())
+    return replace(
+        prompt(),
+        positions=positions,
+        queries=torch.randn(BATCH, HEADS * GROUP, 14, SIZE),
+        query_positions=torch.arange(90, 104)[None],
+        earlier=earlier,
+    )
+
+
+def padded() -> Held:
+    """A prompt whose rows begin with 3 and with 17 pads; what lies in their slots is not a number."""
+    held, columns = prompt(), torch.arange(PROMPT)
+    at = torch.stack([columns - 3, columns - 17])
+    positions = at.clamp_min(-1)[:, None]
+    empty = (positions < 0)[..., None]
+    return replace(
+        held,
+        keys=held.keys.masked_fill(empty, float("nan")),
+        values=held.values.masked_fill(empty, float("nan")),
+        queries=held.queries.masked_fill(empty, 7.0),
+        positions=positions,
+        query_positions=at,
+    )
+
+
+def with_stays(held: Held) -> Held:
+    positions = held.positions
+    return replace(held, stays=(positions < 4) | (positions > positions.amax(-1, keepdim=True) - 6))
+
+
+CASES: dict[str, Callable[[], Held]] = {
+    "prompt": prompt,
+    "stream": stream,
+    "padded": padded,
+    "prompt, sinks and window stay": lambda: with_stays(prompt()),
+    "stream, sinks and window stay": lambda: with_stays(stream()),
+    "prompt, sliding window": lambda: replace(prompt(), limit=11),
+}

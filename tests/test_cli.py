@@ -1,0 +1,146 @@
+"""The `kvcompress` command on a tiny local model: every subcommand, its JSON, and its mistakes in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcompress.cli.main import app
+from kvcompress.errors import KVCompressError
+from kvcompress.plan import RetentionPlan
+from kvcompress.retention import FULL, Retention
+from tests.project import ROOT
+from tests.tiny import prose, save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny("llama", folder / "tiny")
+    (folder / "seen.txt").write_text(prose(300, 1))
+    (folder / "unseen.txt").write_text(prose(300, 2))
+    layers = ((FULL, Retention(2, 30)), (Retention(2, 60), Retention(2, 62)))
+    RetentionPlan(layers, 4, "tiny", "mine").save(folder / "plan.json")
+    return folder
+
+
+def kvcompress(folder: Path, *flags: str, fails: int = 0) -> str:
+    """Output of the command, run in this process inside `folder`; on a failure, its one sentence."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, list(flags))
+    finally:
+        os.chdir(before)
+    if isinstance(result.exception, KVCompressError):
+        assert fails == 1
+        return str(result.exception)
+    assert result.exit_code == fails, (result.output, result.exception)
+    return result.stdout
+
+
+def test_the_program_ends_with_a_sentence_and_a_code(folder: Path) -> None:
+    program = [sys.executable, "-c", "from kvcompress.cli.main import run; run()"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline")}
+    for flags, code in ((["show", "missing.json"], 1), (["show", "--nonsense"], 2), (["--version"], 0)):
+        result = subprocess.run([*program, *flags], cwd=folder, env=environment, capture_output=True, text=True)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr
+        assert ("error: cannot read missing.json" in result.stderr) == (code == 1)
+
+
+def test_help_names_every_command_with_an_example(folder: Path) -> None:
+    commands = ("analyze", "plan", "generate", "evaluate", "show")
+    overview = kvcompress(folder, "--help")
+    assert all(f" {name} " in overview for name in commands)
+    for name in commands:
+        assert f"kvcompress {name} " in kvcompress(folder, name, "--help").replace("\n", " ")
+    assert kvcompress(folder, "--version").strip() == "0.1.0"
+
+
+def test_analyze_writes_what_the_pipeline_writes(folder: Path) -> None:
+    flags = ["analyze", "tiny", "--text", "seen.txt", "--max-tokens", "200", "--output-dir", "found"]
+    shown = kvcompress(folder, *flags)
+    names = {path.name for path in (folder / "found").iterdir()}
+    assert names == {"head_statistics.json", "refined_classifications.json", "validation_report.txt"}
+    assert shown.splitlines()[0] == "layer  query heads"
+    assert len(shown.splitlines()[1].split()) == 1 + 4
+    as_json = json.loads(kvcompress(folder, *flags, "--json"))
+    assert as_json == json.loads((folder / "found/refined_classifications.json").read_text())
+    assert "layer  query heads" in kvcompress(folder, "show", "found/refined_classifications.json")
+    assert "sink_ratio: 0." in kvcompress(folder, "show", "found/head_statistics.json", "--field", "sink_ratio")
+
+
+def test_plan_prices_once_and_meets_every_budget(folder: Path) -> None:
+    flags = [
+        "plan",
+        "tiny",
+        "-t",
+        "seen.txt",
+        "--max-tokens",
+        "512",
+        "--context",
+        "512",
+        "--sensitivity",
+        "prices.safetensors",
+    ]
+    made = json.loads(kvcompress(folder, *flags, "--budget", "25%", "--budget", "60 tokens", "-o", "plans", "--json"))
+    assert [row["file"] for row in made] == ["plans/priced-25.json", "plans/priced-60tokens.json"]
+    assert [RetentionPlan.load(folder / row["file"]).held(512) for row in made] == [512, 240]
+    assert made[0]["bytes"] == 2 * 8 * 4 * 512
+    before = (folder / "prices.safetensors").read_bytes()
+    shown = kvcompress(folder, *flags, "--policy", "uniform", "--budget", "50%", "-o", "half.json")
+    assert "half.json: 50.00% of the full cache" in shown
+    assert (folder / "prices.safetensors").read_bytes() == before
+    assert "far facts carried" in kvcompress(folder, "show", "prices.safetensors")
+    assert len(json.loads(kvcompress(folder, "show", "prices.safetensors", "--json"))["price"]) == 2
+
+
+def test_generate_with_and_without_a_plan(folder: Path) -> None:
+    flags = ["generate", "tiny", "--prompt-file", "seen.txt", "--max-new-tokens", "5", "--json"]
+    (folder / "short.txt").write_text(prose(30, 1)[:300])
+    flags[3] = "short.txt"
+    found = json.loads(kvcompress(folder, *flags, "again", "--plan", "plan.json"))
+    full = json.loads(kvcompress(folder, *flags, "again"))
+    assert found["prompt_tokens"] == full["prompt_tokens"] == 300 + 1 + 5
+    assert found["cache"]["seen"] == full["cache"]["seen"] == 306 + found["new_tokens"] - 1
+    seen = found["cache"]["seen"]
+    assert found["cache"]["bytes"] < full["cache"]["bytes"]
+    assert found["cache"]["bytes"] >= RetentionPlan.load(folder / "plan.json").nbytes(seen, 8, 4)
+    sampled = [kvcompress(folder, *flags[:-1], "x", "--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
+    flags = ["evaluate", "tiny", "--plan", "plan.json", "-t", "unseen.txt", "--max-tokens", "128"]
+    flags += ["--retrieval-length", "200", "--retrieval-depths", "1"]
+    result = json.loads(kvcompress(folder, *flags, "--json", "-o", "result.json"))
+    assert result == json.loads((folder / "result.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["full cache", "plan", "uniform = plan"]
+    assert result["rows"][1]["rival"]["bytes"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["analyze", "./nowhere"], "MODEL is './nowhere', but there is no such folder"),
+        (["analyze", "tiny", "--dtype", "float8"], "--dtype is 'float8'"),
+        (["analyze", "tiny", "--text", "missing.txt"], "missing.txt"),
+        (["plan", "tiny", "--budget", "lots"], "the budget is 'lots'"),
+        (["generate", "tiny"], "there is no prompt"),
+        (["generate", "tiny", "x", "--plan", "missing.json"], "missing.json"),
+        (["generate", "tiny", "x", "--prefill", "magic"], "--prefill is 'magic'"),
+        (["show", "tiny/config.json"], "holds no classes, statistics or plan"),
+        (["show", "plan.json", "--context", "64", "--field", "nonsense"], None),
+    ],
+)
+def test_mistakes_end_with_a_sentence(folder: Path, flags: list[str], message: str | None) -> None:
+    if message is None:
+        assert "slots held of 64, mine" in kvcompress(folder, *flags)
+    else:
+        assert message in kvcompress(folder, *flags, fails=1)
+    kvcompress(folder, "analyze", "tiny", "--no-such-flag", fails=2)
