@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kvcompress.cache.decode import Tuning
 from kvcompress.errors import InputError
 from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost
+from kvcompress.evaluation.decode_steps import plan_of
 from tests.cache_tools import model_of
 
 run = CliRunner().invoke
@@ -24,18 +25,18 @@ def folder(tmp_path):
 def test_plans_keep_their_share():
     config = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
     for share, full_heads in ((0.25, 0.0), (0.25, 0.13), (0.5, 0.4), (0.125, 0.0)):
-        plan = decode_cost.plan_of(config, 8000, share, full_heads)
+        plan = plan_of(config, 8000, share, full_heads)
         assert abs(plan.share(8000) - share) < 0.001
         full = sum(kept.unbounded for layer in plan.layers for kept in layer)
         assert full == int(90 * full_heads)
-    assert decode_cost.plan_of(config, 8000, 1.0, 0.0).share(8000) == 1
+    assert plan_of(config, 8000, 1.0, 0.0).share(8000) == 1
     with pytest.raises(InputError, match=r"leave .* slots a head"):
-        decode_cost.plan_of(config, 8000, 0.25, 0.3)
+        plan_of(config, 8000, 0.25, 0.3)
 
 
 def test_decode_cost_compares_every_plan(folder, tmp_path):
     output = tmp_path / "cost.json"
-    decode_cost.plan_of(model_of("llama").config, 40, 0.4, 0.0).save(tmp_path / "own.json")
+    plan_of(model_of("llama").config, 40, 0.4, 0.0).save(tmp_path / "own.json")
     options = [
         "--plan",
         str(tmp_path / "own.json"),
