@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from kvcompress.cache.decode import Tuning
 from kvcompress.errors import InputError
-from kvcompress.evaluation import decode_cost, memory_cost
+from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost
+from kvcompress.evaluation.decode_steps import plan_of
 from tests.cache_tools import model_of
 
 run = CliRunner().invoke
@@ -22,18 +25,18 @@ def folder(tmp_path):
 def test_plans_keep_their_share():
     config = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
     for share, full_heads in ((0.25, 0.0), (0.25, 0.13), (0.5, 0.4), (0.125, 0.0)):
-        plan = decode_cost.plan_of(config, 8000, share, full_heads)
+        plan = plan_of(config, 8000, share, full_heads)
         assert abs(plan.share(8000) - share) < 0.001
         full = sum(kept.unbounded for layer in plan.layers for kept in layer)
         assert full == int(90 * full_heads)
-    assert decode_cost.plan_of(config, 8000, 1.0, 0.0).share(8000) == 1
+    assert plan_of(config, 8000, 1.0, 0.0).share(8000) == 1
     with pytest.raises(InputError, match=r"leave .* slots a head"):
-        decode_cost.plan_of(config, 8000, 0.25, 0.3)
+        plan_of(config, 8000, 0.25, 0.3)
 
 
 def test_decode_cost_compares_every_plan(folder, tmp_path):
     output = tmp_path / "cost.json"
-    decode_cost.plan_of(model_of("llama").config, 40, 0.4, 0.0).save(tmp_path / "own.json")
+    plan_of(model_of("llama").config, 40, 0.4, 0.0).save(tmp_path / "own.json")
     options = [
         "--plan",
         str(tmp_path / "own.json"),
@@ -90,3 +93,34 @@ def test_a_short_soak_holds_memory_flat_and_logits_finite(positions):
     assert result["cache_flat"]
     assert result["seen"] == 3000
     assert run(memory_cost.app, ["soak", "--positions", "elsewhere"]).exit_code == 1
+
+
+def test_kernel_cost_ends_with_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        ([], "found no CUDA device with triton"),
+        (["--dtype", "float32"], "expected bfloat16 or float16"),
+        (["--tuning", "64,2"], "expected four numbers"),
+    ):
+        done = run(kernel_cost.app, arguments)
+        assert done.exit_code == 1
+        assert message in done.output
+        assert "Traceback" not in done.output
+
+
+def test_the_best_settings_are_those_that_serve_every_shape():
+    a, b, c = Tuning(32), Tuning(64), Tuning(128)
+    assert kernel_cost.best_of_all([{a: 0.5, b: 0.6, c: 0.9}, {a: 0.9, b: 0.8}]) == b
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernel_cost_compares_three_ways_to_read(monkeypatch, tmp_path):
+    shapes = (kernel_cost.Shape(8, 4, 64, 2, 300, 1), kernel_cost.Shape(4, 4, 80, 2, 300, 4))
+    monkeypatch.setattr(kernel_cost, "SHAPES", shapes)
+    output = tmp_path / "cost.json"
+    done = run(kernel_cost.app, ["--rounds", "2", "--layers", "2", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    costs = json.loads(output.read_text())["costs"]
+    assert [cost["shape"] for cost in costs] == [shape.name for shape in shapes]
+    assert all(cost["kernel_error"] < 5e-3 for cost in costs)
+    assert costs[0]["kept_megabytes"] == 2 * 2 * 2 * 64 * (300 + 3 * 132) / 1e6

@@ -14,7 +14,9 @@ import pytest
 from tests.project import ROOT, copy_project, run, stage
 from tests.tiny import prose
 
-NAMES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "common"))
+NAMES = sorted(
+    path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "common", "loading")
+)
 
 
 @pytest.fixture(scope="module")

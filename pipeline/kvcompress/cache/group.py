@@ -72,8 +72,7 @@ class Group:
         if self._log and not self.recording:
             self._forget_log()
         start, end = self.seen, self.seen + new
-        if end > self.block.slots != self.capacity:
-            self.block.reserve(allocated_slots(self.kept, end), keys, values)
+        self._reserve(end, keys, values)
         self.seen = end
         if self.capacity is None:
             self.block.write(start, keys, values)
@@ -97,6 +96,18 @@ class Group:
         else:
             self.block.write(slot, keys[:, :, :room], values[:, :, :room])
             self.block.write(sinks, keys[:, :, room:], values[:, :, room:])
+
+    def takes_plainly(self, padding: Padding) -> bool:
+        """Whether the next column belongs in one slot, the same in every row, with nothing to be recorded."""
+        if self.recording:
+            return False
+        return self.capacity is None or not padding.longest or self.seen >= self.kept.sinks + padding.longest
+
+    def make_room(self, keys: Tensor, values: Tensor) -> None:
+        """Count one more column, like these, without storing it: who calls this does, where the group `takes_plainly`."""
+        self._forget_log()
+        self._reserve(self.seen + 1, keys, values)
+        self.seen += 1
 
     def replace(self, keys: Tensor, values: Tensor, spare: int) -> None:
         """Hold just these keys and values of an unbounded group, in the block there is if it is at most `spare` slots
@@ -162,6 +173,10 @@ class Group:
         """Replace the batch by the rows at these indices, `[new batch]`."""
         for block in (self.block, *(entry.block for entry in self._log)):
             block.select_rows(rows)
+
+    def _reserve(self, columns: int, keys: Tensor, values: Tensor) -> None:
+        if columns > self.block.slots != self.capacity:
+            self.block.reserve(allocated_slots(self.kept, columns), keys, values)
 
     def _slot(self, column: int) -> int:
         sinks, window = self.kept

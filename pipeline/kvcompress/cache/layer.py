@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvcompress.cache.fused import Fused
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import MaskLength, Padding
 from kvcompress.cache.pending import Pending
@@ -38,6 +39,7 @@ class Shared:
     rotation: Rotation | None = None
     padding: Padding = field(default_factory=Padding)
     meter: Meter = field(default_factory=Meter)
+    fused: Fused = field(default_factory=Fused)
 
     def __post_init__(self) -> None:
         if self.prefill not in ("exact", "streaming"):

@@ -1,8 +1,9 @@
 """A layer that keeps what a plan says, head by head.
 
-KV heads with equal retention share one dense block, so a decode step costs one attention call a block; a pruned head
-has no block, holds nothing and contributes exactly zero. In an exact prefill the prompt attends in full before the
-heads forget; after it, and in a streaming prefill from the start, every query sees its head's keys alone.
+KV heads with equal retention share one dense block, so a decode step costs one attention call a block, or one launch
+for all of them where the GPU's kernel serves (`fused`); a pruned head has no block, holds nothing and contributes
+exactly zero. In an exact prefill the prompt attends in full before the heads forget; after it, and in a streaming
+prefill from the start, every query sees its head's keys alone.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kvcompress.cache.fused import Heads
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.reading import Reading, attend_all, read
@@ -46,6 +48,7 @@ class RaggedLayer(CompressedLayer):
                 alike.setdefault(keeps, []).append(head)
         self._blocks = [Group(keeps, heads, shared.meter) for keeps, heads in alike.items()]
         self._indices: list[Index] = [_index(group.heads) for group in self._blocks]
+        self._places = Heads(self.heads)
         self._whole = len(self._blocks) == 1 and len(self._blocks[0].heads) == self.heads
         # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
         self._prompt = Group(FULL, range(self.heads), shared.meter) if shared.prompt_length else None
@@ -99,6 +102,8 @@ class RaggedLayer(CompressedLayer):
             return torch.cat([self._attend(*part, reading) for part in (head, tail)], dim=3)
         if self._in_prompt:
             out = self._attend_prompt(query, keys, values, reading)
+        elif self.shared.fused.serves(self._blocks, query, keys, values, self.seen, reading):
+            out = self._attend_at_once(query, keys, values, reading)
         elif self._whole:
             out = read(self._blocks[0], query, keys, values, reading)
         else:
@@ -121,6 +126,16 @@ class RaggedLayer(CompressedLayer):
             if self._prompt is not None:
                 self._prompt.reset()
         return out
+
+    def _attend_at_once(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+        new = None
+        if all(group.takes_plainly(reading.padding) for group in self._blocks):
+            new = keys, values
+            for group in self._blocks:
+                group.make_room(keys[:, : len(group.heads)], values[:, : len(group.heads)])
+        else:
+            self._store(keys, values)
+        return self.shared.fused.attend(self._places, self._blocks, query, self.seen + 1, reading, new)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         for i, group in enumerate(self._blocks):

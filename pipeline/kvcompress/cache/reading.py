@@ -113,12 +113,17 @@ def read(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Rea
     return torch.cat(pieces, dim=3)
 
 
+def sees_all(group: Group, position: int, reading: Reading) -> bool:
+    """Whether the query at column `position` sees every key of its own row that the group then holds, unturned."""
+    renumbered = reading.rotation is not None and _renumbers(group, position)
+    return not renumbered and not _hides(group.kept, position, reading.limit)
+
+
 def _decode(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
     """One query: its key takes the place of the one that leaves the window, and every slot is then visible."""
     padding, position = reading.padding, group.seen
     group.append(keys, values, padding)
-    renumbered = reading.rotation is not None and _renumbers(group, position)
-    if not renumbered and not _hides(group.kept, position, reading.limit) and group.settled(padding):
+    if sees_all(group, position, reading) and group.settled(padding):
         keys, values = group.block.read(group.block.slots)
         parts = parts_for(query, keys, group.filled) if not reading.dropout else 1
         if parts > 1:
@@ -128,7 +133,7 @@ def _decode(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: 
     at = reading.real(position, position + 1, keys.device)
     held_at = group.positions(padding, keys.device)
     visible = sees(at, held_at, group.kept, reading.limit)
-    if renumbered:
+    if reading.rotation is not None and _renumbers(group, position):
         return _attend_renumbered(group.kept, query, held_keys, held_values, at, held_at, visible, reading)
     return attend(query, held_keys, held_values, visible, reading)
 

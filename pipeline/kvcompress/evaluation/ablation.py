@@ -1,15 +1,13 @@
 """An ablation: contenders on the same documents and cases, compared only at equal bytes, with intervals and in words."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.corpora import documents
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
+from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, Score, score_contenders
@@ -147,17 +145,4 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             **{task: result["share"] for task, result in row["retrieval"].items()},
         }
         for row in rows
-    }
-
-
-def environment(model: PreTrainedModel) -> dict[str, str | int]:
-    """Where numbers were made."""
-    device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }

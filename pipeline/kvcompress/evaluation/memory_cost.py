@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 
 from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import KVCompressError
-from kvcompress.evaluation.decode_cost import plan_of
+from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 
 app = typer.Typer(add_completion=False)

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress.artifacts import write_json
 from kvcompress.cache.rotation import Rotation
 from kvcompress.errors import InputError, KVCompressError
-from kvcompress.evaluation.decode_cost import clock
+from kvcompress.evaluation.timing import timed
 from kvcompress.scores import SCORES, Held, best, make_score
 
 ATTENTION = "attention"
@@ -82,7 +82,7 @@ def measure(held: Held, moment: str, rounds: int) -> list[Cost]:
     for _ in range(rounds + 1):
         for name in names:
             # A fresh copy, because a `Held` remembers what was derived from it.
-            times[name].append(clock(partial(act, name, replace(held), keys // 4), held.keys.device))
+            times[name].append(timed(partial(act, name, replace(held), keys // 4), [held.keys.device])[1])
     return [Cost(name, keys, queries, moment, median(spent[1:])) for name, spent in times.items()]
 
 

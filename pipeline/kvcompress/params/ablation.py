@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcompress.params.base import Count, Name, SectionParams
+from kvcompress.params.base import Count, Name, Params, SectionParams
 
 
-class ScoringParams(SectionParams):
+class ScoringParams(Params):
     """Documents of `max_tokens` to score, and facts to find.
 
     Documents are fed in chunks of `chunk_size`, which changes nothing for a plan. A method that ranks keys by content does
@@ -27,7 +27,7 @@ class ScoringParams(SectionParams):
     retrieval_prefill: Literal["exact", "streaming"] = "exact"
 
 
-class AblationParams(ScoringParams):
+class AblationParams(ScoringParams, SectionParams):
     """The seed's ablations: uniform caches of `sizes` slots a head, `sink_counts`, controls with `random_seeds`.
 
     `beyond_tokens`: length of a text streamed past the trained context; 0 for none.
@@ -41,7 +41,7 @@ class AblationParams(ScoringParams):
     beyond_tokens: Annotated[int, Field(ge=0)] = 0
 
 
-class ComparePlansParams(ScoringParams):
+class ComparePlansParams(ScoringParams, SectionParams):
     """Retention plans by name against uniform caches of the same bytes; `max_tokens` is where the bytes are equal."""
 
     section = "compare_plans"

@@ -20,6 +20,7 @@ SECTIONS = (
     "budgets",
     "ablation",
     "compare_plans",
+    "benchmark",
     "plots",
 )
 

@@ -1,0 +1,102 @@
+"""Speed, memory and quality of methods on one run. Run: python -m stages.benchmark --compare-all"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvcompress.artifacts import write_json
+from kvcompress.corpora import load_texts
+from kvcompress.errors import InputError
+from kvcompress.evaluation.benchmark import run_benchmark, samples_of
+from kvcompress.evaluation.benchmark_report import GROWTH, QUALITY, SPEED, growth_words, origin, terminal
+from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
+from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
+from kvcompress.evaluation.entrants import entrants_for, require_known
+from kvcompress.evaluation.environment import environment
+from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
+from kvcompress.models import input_device, load_model
+from kvcompress.params.base import load_section
+from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
+from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
+from stages.loading import chosen_model, model_params
+
+app = stage_app()
+
+
+@app.command()
+def main(
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; repeatable [default: all]. full always runs.")
+    ] = None,
+    compare_all: Annotated[bool, typer.Option("--compare-all", help="Every method.")] = False,
+    params: ParamsFile = Path("params.yaml"),
+    data_dir: DataDir = Path("data"),
+    output: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
+    metrics_file: MetricsFile = None,
+    classifications_path: Annotated[
+        Path | None,
+        typer.Option(help="Classes for head_aware [without this and --plan: the pipeline's, and benchmark.plans]."),
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Retention plan for head_aware; repeatable.")] = None,
+    plans_dir: Annotated[Path, typer.Option(help="Folder of the plans that benchmark.plans names.")] = Path(
+        "reports/plans"
+    ),
+    num_samples: Annotated[int | None, typer.Option(help="Prompts.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded after each prompt.")] = None,
+    growth: Annotated[bool, typer.Option(help="With head_aware: time decode steps at growing context too.")] = True,
+    model_id: ModelId = None,
+    bf16: Bf16 = None,
+    device: Device = None,
+) -> None:
+    """Time to first token, decoding, compression, bytes, perplexity and accuracy of methods that take turns."""
+    methods = list(METHODS) if compare_all or not method else method
+    require_known(methods)
+    settings = load_section(
+        BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
+    )
+    loading = model_params(params, model_id, bf16, device)
+    record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
+    length = settings.max_tokens + settings.max_new_tokens
+    if length > record.max_context:
+        raise InputError(
+            f"benchmark.max_tokens + max_new_tokens is {length}, "
+            f"but the context of {record.id} ends at {record.max_context}"
+        )
+    growing = growth and HEAD_AWARE in methods and bool(settings.growth_contexts)
+    if growing:
+        require_room(settings, record.max_context, record.id)
+    texts = load_texts(data_dir / "corpus", "evaluation")
+    model, tokenizer = load_model(record, loading)
+    paths, classes = list(plan or ()), classifications_path
+    if not paths and classes is None:
+        classes = data_dir / "refined_classifications.json"
+        paths = [plans_dir / record.id.replace("/", "--") / f"{name}.json" for name in settings.plans]
+    entrants = entrants_for(methods, model.config, settings, classes, paths)
+    samples = samples_of(tokenizer, texts, settings)
+    records = run_benchmark(model, samples, entrants, settings)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    bandwidth = copy_bandwidth(input_device(model))
+    plans = {entrant.name: entrant.plan for entrant in entrants if entrant.plan}
+    result: dict[str, Any] = {"model": record.id, "environment": environment(model), "settings": settings.model_dump()}
+    result |= {"samples": [name for name, _ in samples], "rows": benchmark_rows(entrants, records, weights)}
+    result |= {"weight_bytes": weight_bytes(model), "copy_bytes_per_s": round(bandwidth)}
+    result |= {"growth": decode_growth(model, plans, settings, bandwidth) if growing else []}
+    result |= {"process_peak_bytes": process_peak_bytes()}
+    if output:
+        write_json(output, result)
+    if metrics_file:
+        write_json(metrics_file, metrics(result["rows"]))
+    console = Console()
+    console.print(origin(result), highlight=False)
+    for columns in (SPEED, QUALITY):
+        console.print(terminal(columns, result["rows"]))
+    if growing:
+        console.print(growth_words(result), highlight=False)
+        console.print(terminal(GROWTH, result["growth"]))
+
+
+if __name__ == "__main__":
+    run(app)
