@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvcompress.analysis.calibration_facts import MONOTONY, calibration_facts
 from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
 from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.facts import FILLER, TEMPLATES
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
@@ -104,3 +106,25 @@ def test_a_model_comes_back_as_it_was() -> None:
     measure_sensitivity(model, tiny_tokenizer(), TEXTS, PARAMS, progress=False)
     assert model.config._attn_implementation == "sdpa"
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
+    tokenizer, params = tiny_tokenizer(), PARAMS.model_copy(update={"fact_contexts": 4})
+    found = calibration_facts(tokenizer, TEXTS, 900, params)
+
+    def read(ids: list[int]) -> str:  # the tiny tokenizer's decoder leaves a mark for every space
+        return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
+
+    assert len(found) == 4
+    for i, (context, asked) in enumerate(found):
+        text = read(context)
+        assert ("The train leaves at noon" in text) == bool(i % 2)
+        assert len(context) == 900
+        for question, answer in asked:
+            value = read(answer).strip()
+            assert text.count(value) >= 1 + i % 2
+            subject = read(question)
+            assert any(word in text for word in subject.split())
+    evaluated = " ".join(fact for pair in TEMPLATES["evaluation"] for fact in pair) + FILLER
+    assert "access code" not in evaluated
+    assert MONOTONY[:20] not in evaluated

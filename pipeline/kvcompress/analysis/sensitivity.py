@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcompress.analysis.calibration_facts import calibration_facts
 from kvcompress.analysis.joint_price import joint_prices
 from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
@@ -22,7 +23,6 @@ from kvcompress.analysis.text_price import text_prices
 from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.corpora import documents
 from kvcompress.errors import InputError
-from kvcompress.facts import CaseMaker
 from kvcompress.params.sensitivity import SensitivityParams
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
@@ -136,12 +136,7 @@ def measure_sensitivity(
         for tokens in documents(tokenizer, name, text, length, settings.documents_per_text)
     ]
     joint_batch = batch[:: settings.documents_per_text]  # one document of each text
-    maker = CaseMaker(tokenizer, settings.seed, "calibration")
-    prose = [maker.encode(text) for text in texts.values()]
-    questions = [
-        maker.many(prose[i % len(prose)], length - 2 * settings.facts_per_context, settings.facts_per_context)
-        for i in range(settings.fact_contexts)
-    ]
+    questions = calibration_facts(tokenizer, texts, length - 2 * settings.facts_per_context, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     steps = len(batch) + len(joint_batch) * len(joint_windows) + len(questions)
     with tqdm(total=steps, desc="price of heads", unit="pass", disable=not progress) as bar:
