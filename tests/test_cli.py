@@ -87,6 +87,8 @@ def test_plan_prices_once_and_meets_every_budget(folder: Path) -> None:
         "512",
         "--sensitivity",
         "prices.safetensors",
+        "--facts-per-context",
+        "2",
     ]
     made = json.loads(kvcompress(folder, *flags, "--budget", "25%", "--budget", "60 tokens", "-o", "plans", "--json"))
     assert [row["file"] for row in made] == ["plans/priced-25.json", "plans/priced-60tokens.json"]

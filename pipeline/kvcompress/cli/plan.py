@@ -40,6 +40,7 @@ def plan(
     ),
     max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document that heads are priced on.")] = 2048,
     documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
+    facts_per_context: Annotated[int, typer.Option(min=1, help="Facts in each text that is asked about.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -68,7 +69,12 @@ def plan(
         if (found.origin.get("model_id"), found.origin.get("revision")) != (record.id, record.revision):
             raise InputError(f"{sensitivity} was measured on {found.origin.get('model_id')}, the model is {record.id}")
     else:
-        settings = override(SensitivityParams(), max_tokens=max_tokens, documents_per_text=documents_per_text)
+        settings = override(
+            SensitivityParams(),
+            max_tokens=max_tokens,
+            documents_per_text=documents_per_text,
+            facts_per_context=facts_per_context,
+        )
         found = measure_sensitivity(loaded, tokenizer, read_texts(text), settings, progress=not as_json)
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
         if sensitivity:
