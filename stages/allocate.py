@@ -10,11 +10,11 @@ from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import load_statistics
 from kvcompress.artifacts import read_model, replaced_folder, write_json, write_text
-from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
 from kvcompress.models import ModelRecord
 from kvcompress.params.base import load_section
 from kvcompress.params.budgets import BudgetParams
+from kvcompress.plan import plans_of
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
 from stages.common import DataDir, ParamsFile, run, stage_app
@@ -39,17 +39,14 @@ def main(
     record = read_model(data_dir / "model.json", ModelRecord)
     path = data_dir / "head_sensitivity.safetensors"
     sensitivity = Sensitivity.load(path)
-    if (sensitivity.origin.get("model_id"), sensitivity.origin.get("revision")) != (record.id, record.revision):
-        raise InputError(f"{path} was measured on {sensitivity.origin.get('model_id')}, the model is {record.id}")
+    sensitivity.require_model(record.id, record.revision, path)
     itemsize = {"float32": 4}.get(sensitivity.origin.get("dtype", ""), 2)
     classes = data_dir / "refined_classifications.json"
-    planner = Planner(
-        sensitivity, record.id, record.head_dim, itemsize, settings.context_length, settings.balance, classes
-    )
-    planner.seed = settings.random_seed
+    context, seed = settings.context_length, settings.random_seed
+    planner = Planner(sensitivity, record.id, record.head_dim, itemsize, context, settings.balance, classes, seed)
     budgets = [Budget.parse(size) for size in settings.sizes]
     with replaced_folder(output_dir) as folder:
-        place = folder / record.id.replace("/", "--")
+        place = plans_of(folder, record.id)
         place.mkdir(parents=True)
         for name in settings.policies:
             for size in budgets[:1] if name in WITHOUT_BUDGET else budgets:

@@ -19,6 +19,7 @@ from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
 from kvcompress.models import input_device, load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
+from kvcompress.plan import plans_of
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
 
@@ -73,7 +74,7 @@ def main(
     paths, classes = list(plan or ()), classifications_path
     if not paths and classes is None:
         classes = data_dir / "refined_classifications.json"
-        paths = [plans_dir / record.id.replace("/", "--") / f"{name}.json" for name in settings.plans]
+        paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
     entrants = entrants_for(methods, model.config, settings, classes, paths)
     samples = samples_of(tokenizer, texts, settings)
     records = run_benchmark(model, samples, entrants, settings)

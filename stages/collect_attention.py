@@ -7,7 +7,7 @@ import typer
 
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import read_text
-from kvcompress.corpora import documents, load_texts
+from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError
 from kvcompress.models import load_model
 from kvcompress.params.base import load_section
@@ -46,10 +46,7 @@ def main(
     record = chosen_model(data_dir, model_id, settings, collect, collect.max_tokens)
     texts = load_texts(data_dir / "corpus", "calibration") if text is None else {text.name: read_text(text)}
     model, tokenizer = load_model(record, settings)
-    batches = {
-        name: list(documents(tokenizer, name, content, collect.max_tokens, collect.documents_per_text))
-        for name, content in texts.items()
-    }
+    batches = documents_of_all(tokenizer, texts, collect.max_tokens, collect.documents_per_text)
     sums = collect_attention(model, [tokens for batch in batches.values() for tokens in batch], collect.chunk_size)
     header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
     sums.save(output / "attention.safetensors", {**header, "texts": sorted(texts), "dtype": settings.dtype})

@@ -1,13 +1,12 @@
 """What all stage scripts share: a Typer app that takes `--max-tokens` and `--max_tokens`, errors as one sentence, options."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import said_in_a_sentence
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters; flags override them.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the pipeline's artifacts.")]
@@ -31,11 +30,5 @@ def stage_app() -> typer.Typer:
 def run(app: typer.Typer) -> None:
     """Run the app; an error that a user can mend is printed as one sentence and ends the program with code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with said_in_a_sentence():
         app()
-    except KVCompressError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
-    except OSError as error:  # a full disk or a lost folder, wherever it shows
-        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
-        raise SystemExit(1) from None

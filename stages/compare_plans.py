@@ -13,6 +13,7 @@ from kvcompress.evaluation.contenders import plan_contenders
 from kvcompress.models import load_model
 from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.params.base import load_section
+from kvcompress.plan import plans_of
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
 
@@ -43,7 +44,7 @@ def main(
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
-    folder = plans_dir / record.id.replace("/", "--")
+    folder = plans_of(plans_dir, record.id)
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
     contenders = plan_contenders(model.config, settings.max_tokens, paths)
     result = compare(model, tokenizer, record.id, texts, contenders, settings)

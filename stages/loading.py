@@ -6,7 +6,7 @@ from kvcompress.artifacts import read_model
 from kvcompress.errors import InputError
 from kvcompress.models import ModelRecord, locate_model
 from kvcompress.params.base import SectionParams, load_section, override
-from kvcompress.params.model import ModelParams
+from kvcompress.params.model import ModelParams, source_of
 
 
 def chosen_model(
@@ -25,10 +25,4 @@ def model_params(params: Path, model_id: str | None, bf16: bool | None, device: 
     """The section `model` of `params` with the flags that choose another model, precision or device."""
     dtype = None if bf16 is None else "bfloat16" if bf16 else "float32"
     section = load_section(ModelParams, params, dtype=dtype, device=device)
-    if model_id is None:
-        return section
-    if Path(model_id).is_dir():
-        return override(section, source="local", local={"path": model_id})
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or not model_id.strip():
-        raise InputError(f"--model-id is {model_id!r}, but there is no such folder, and it is no name on the hub")
-    return override(section, source="hub", hub={"id": model_id, "revision": "main"})
+    return section if model_id is None else override(section, **source_of(model_id, "main", "--model-id"))

@@ -7,6 +7,7 @@ import typer
 
 from kvcompress.artifacts import read_json, write_json, write_text
 from kvcompress.errors import InputError
+from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.params.ablation import ScoringParams
@@ -34,7 +35,7 @@ def main(
         mine, first = result["settings"], found[0]["settings"]
         if result["model"] != found[0]["model"] or any(mine[name] != first[name] for name in same):
             raise InputError(f"{path} was made with another model or other settings than {results[0]}")
-    rows = list({row["name"]: row for result in found for row in result["rows"]}.values())
+    rows = rows_of(found)
     settings = found[0]["settings"]
     subtitle = f"{found[0]['model']}, {rows[0]['tokens']} tokens in documents of {settings['max_tokens']}"
     write_json(reports_dir / f"{name}.json", found)

@@ -14,6 +14,7 @@ from kvcompress.page.inputs import load_plans, load_prices, load_results
 from kvcompress.page.sections import Inputs
 from kvcompress.params.base import load_section
 from kvcompress.params.budgets import BudgetParams
+from kvcompress.plan import plans_of
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()
@@ -34,7 +35,7 @@ def main(
     require_same_model(statistics, classes, path)
     info = statistics.model_info
     prices = load_prices(reports_dir / "plots/prices.json")
-    plans = load_plans(reports_dir / "plans" / (info.model_id or "unknown").replace("/", "--"), context)
+    plans = load_plans(plans_of(reports_dir / "plans", info.model_id or "unknown"), context)
     require_same_heads(prices, plans, info.num_layers, info.num_heads)
     benchmark = reports_dir / "benchmark.json"
     page = document(

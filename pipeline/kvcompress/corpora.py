@@ -6,7 +6,7 @@ them. The parts of one text are consecutive; that no passage stands on both side
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -212,6 +212,13 @@ def documents(
     for i in range(count):
         start = i * size + (room * i // (count - 1) if count > 1 else 0)
         yield torch.tensor(prefix + ids[start : start + size])
+
+
+def documents_of_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], max_tokens: int, count: int
+) -> dict[str, list[Tensor]]:
+    """`documents` of every text, by its name."""
+    return {name: list(documents(tokenizer, name, text, max_tokens, count)) for name, text in texts.items()}
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -79,6 +79,11 @@ class PlanFile(BaseModel):
         return self
 
 
+def plans_of(folder: str | Path, model_id: str) -> Path:
+    """Where the plans of a model lie in a folder of plans."""
+    return Path(folder) / model_id.replace("/", "--")
+
+
 @dataclass(frozen=True)
 class RetentionPlan:
     """What every KV head of a model keeps: `layers[layer][kv_head]`, with where the plan came from."""
@@ -111,6 +116,13 @@ class RetentionPlan:
     @property
     def num_key_value_heads(self) -> int:
         return len(self.layers[0])
+
+    def require_shape(self, layers: int, kv_heads: int, query_heads: int, name: str | Path) -> None:
+        """Raise `InputError` where the plan called `name` is for a model of another shape."""
+        found = self.num_layers, self.num_key_value_heads, self.num_attention_heads
+        mine = layers, kv_heads, query_heads
+        if found != mine:
+            raise InputError(f"{name} is for {found} layers, KV heads and query heads, the model has {mine}")
 
     def held(self, seen: int) -> int:
         """Slots held after `seen` tokens, summed over layers and KV heads."""

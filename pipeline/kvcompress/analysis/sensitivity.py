@@ -21,7 +21,7 @@ from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.artifacts import read_tensors, write_tensors
-from kvcompress.corpora import documents
+from kvcompress.corpora import documents_of_all
 from kvcompress.errors import InputError
 from kvcompress.params.sensitivity import SensitivityParams
 
@@ -70,6 +70,11 @@ class Sensitivity:
             single *= alone.sum() / single.sum()
         priced = (1 - SHRINK) * single + SHRINK * single.mean((1, 2), keepdims=True)
         return np.maximum.accumulate(priced[::-1], 0)[::-1]
+
+    def require_model(self, model_id: str, revision: str, path: str | Path) -> None:
+        """Raise `InputError` where what stands in `path` was measured on another model."""
+        if (self.origin.get("model_id"), self.origin.get("revision")) != (model_id, revision):
+            raise InputError(f"{path} was measured on {self.origin.get('model_id')}, the model is {model_id}")
 
     def __add__(self, other: "Sensitivity") -> "Sensitivity":
         """Both sets of documents. Raises `InputError` where models or windows differ."""
@@ -130,12 +135,8 @@ def measure_sensitivity(
     joint_windows = [window for window in settings.joint_windows if window + settings.sinks < length]
     if not windows or not joint_windows:
         raise InputError(f"sensitivity: no window is shorter than a document of {length} tokens")
-    batch = [
-        tokens
-        for name, text in texts.items()
-        for tokens in documents(tokenizer, name, text, length, settings.documents_per_text)
-    ]
-    joint_batch = batch[:: settings.documents_per_text]  # one document of each text
+    of_text = documents_of_all(tokenizer, texts, length, settings.documents_per_text)
+    batch, joint_batch = [tokens for found in of_text.values() for tokens in found], [f[0] for f in of_text.values()]
     questions = calibration_facts(tokenizer, texts, length - 2 * settings.facts_per_context, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     steps = len(batch) + len(joint_batch) * len(joint_windows) + len(questions)

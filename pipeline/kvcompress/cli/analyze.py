@@ -49,16 +49,13 @@ def analyze(
     from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
     from kvcompress.artifacts import write_text
     from kvcompress.cli.head_map import class_map
-    from kvcompress.corpora import documents
+    from kvcompress.corpora import documents_of_all
     from kvcompress.heads import ClassificationFile, save_classifications
     from kvcompress.params.analysis import StatisticsParams
 
     loaded, tokenizer, record = open_model(params)
-    batch = [
-        tokens
-        for name, content in texts.items()
-        for tokens in documents(tokenizer, name, content, max_tokens, documents_per_text)
-    ]
+    batches = documents_of_all(tokenizer, texts, max_tokens, documents_per_text)
+    batch = [tokens for found in batches.values() for tokens in found]
     sums, measure = collect_attention(loaded, batch, progress=not as_json), StatisticsParams()
     statistics = compute_statistics(sums, measure)
     origin = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}

@@ -9,7 +9,7 @@ import typer
 
 from kvcompress.artifacts import read_text
 from kvcompress.errors import InputError
-from kvcompress.params.model import ModelParams
+from kvcompress.params.model import ModelParams, source_of
 
 if TYPE_CHECKING:  # slow imports; help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +33,7 @@ def model_params(
     model: str, device: str, dtype: str, device_map: str | None, revision: str, trust: bool
 ) -> ModelParams:
     """Settings of a model that the command line names. Raises `InputError` for a name that can be neither."""
-    place: dict[str, Any]
-    if Path(model).is_dir():
-        place = {"source": "local", "local": {"path": model}}
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise InputError(f"MODEL is {model!r}, but there is no such folder, and it is no name on the hub")
-    else:
-        place = {"source": "hub", "hub": {"id": model, "revision": revision}}
+    place = source_of(model, revision, "MODEL")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     rest = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust}

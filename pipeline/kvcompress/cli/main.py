@@ -1,7 +1,6 @@
 """The `kvcompress` command: one subcommand a module; errors that a user can mend end it with one sentence and code 1."""
 
 import os
-import sys
 
 import typer
 
@@ -11,7 +10,7 @@ from kvcompress.cli.evaluate import evaluate
 from kvcompress.cli.generate import generate
 from kvcompress.cli.plan import plan
 from kvcompress.cli.show import show
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import said_in_a_sentence
 
 app = typer.Typer(
     help="Measure what every attention head does, and keep only the KV cache it needs.",
@@ -38,11 +37,5 @@ def main(version: bool = typer.Option(False, "--version", callback=print_version
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 an error that a sentence explains, 2 a wrong command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with said_in_a_sentence():
         app()
-    except KVCompressError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
-    except OSError as error:
-        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
-        raise SystemExit(1) from None

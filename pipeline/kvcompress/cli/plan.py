@@ -19,7 +19,6 @@ from kvcompress.cli.common import (
     print_json,
     read_texts,
 )
-from kvcompress.errors import InputError
 
 
 def plan(
@@ -30,7 +29,9 @@ def plan(
     policy: Annotated[str, typer.Option(help="priced, uniform, retrieval_heads, class_table ...")] = "priced",
     text: Texts = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of context at which the budget is counted.")] = 2048,
-    balance: Annotated[float, typer.Option(min=0, help="Nats a token that answering far questions is worth.")] = 0.2,
+    balance: Annotated[
+        float | None, typer.Option(min=0, help="Nats a token that far questions are worth [default: the library's].")
+    ] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Prices of the heads: read where the file exists, else measured and written.")
     ] = None,
@@ -66,8 +67,7 @@ def plan(
     loaded, tokenizer, record = open_model(params)
     if sensitivity and sensitivity.is_file():
         found = Sensitivity.load(sensitivity)
-        if (found.origin.get("model_id"), found.origin.get("revision")) != (record.id, record.revision):
-            raise InputError(f"{sensitivity} was measured on {found.origin.get('model_id')}, the model is {record.id}")
+        found.require_model(record.id, record.revision, sensitivity)
     else:
         settings = override(
             SensitivityParams(),

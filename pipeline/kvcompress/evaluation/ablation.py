@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress.corpora import documents
+from kvcompress.corpora import documents_of_all
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
@@ -28,9 +28,7 @@ def compare(
     Raises `InputError` for texts too short.
     """
     length, depths = params.max_tokens, params.retrieval_depths
-    batch = {
-        name: list(documents(tokenizer, name, text, length, params.documents_per_text)) for name, text in texts.items()
-    }
+    batch = documents_of_all(tokenizer, texts, length, params.documents_per_text)
     cases = make_cases(tokenizer, texts, params.retrieval_lengths, depths, params.retrieval_per_depth)
     rows = run_ablation(model, batch, cases, contenders, params)
     result = {"model": model_id, "texts": list(texts), "environment": environment(model)}

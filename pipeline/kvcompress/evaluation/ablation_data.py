@@ -21,8 +21,31 @@ STYLE = {
     "l2_compress": ("#F0E442", "^"),
 }
 OTHER = ("#666666", ".")
+JOINED = ("uniform sink + window", "window only", "priced")  # the same method at several sizes: a line
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The contenders of several results, each once."""
+    return list({row["name"]: row for result in results for row in result["rows"]}.values())
+
+
+def by_size(rows: Rows) -> list[Mapping[str, Any]]:
+    """From fewest to most bytes, the better first where these are equal."""
+    return sorted(rows, key=lambda row: (row["share"], row["perplexity"]))
+
+
+def leading_cells(row: Mapping[str, Any]) -> list[str]:
+    """How a table's line begins: name, bytes, perplexity, and the difference to the full cache with its interval."""
+    change = row["nll_over_full"]
+    cells = [row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}"]
+    return [*cells, f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"]
+
+
+def facts_cells(row: Mapping[str, Any]) -> list[str]:
+    """Facts found of those asked for, one cell a task."""
+    return [f"{found['correct']}/{found['total']}" for found in row["retrieval"].values()]
 
 
 def pareto_data(rows: Rows) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvcompress.artifacts import atomic_path, write_json
-from kvcompress.evaluation.ablation_data import OTHER, STYLE, Rows, pareto_data, retrieval_data
+from kvcompress.evaluation.ablation_data import JOINED, OTHER, STYLE, Rows, pareto_data, retrieval_data
 
 
 def pareto_figure(rows: Rows, subtitle: str) -> Figure:
@@ -22,9 +22,8 @@ def pareto_figure(rows: Rows, subtitle: str) -> Figure:
         x, y = [100 * row["share"] for row in points], np.array([row["perplexity"] for row in points])
         errors = np.abs(np.array([[row["low"], row["high"]] for row in points]).T - y)
         colour, marker = STYLE.get(method, OTHER)
-        joined = method in ("uniform sink + window", "window only", "priced")
         axis.errorbar(
-            x, y, errors, fmt=marker + ("-" if joined else ""), color=colour, ms=7, lw=1.2, capsize=3, label=method
+            x, y, errors, fmt=marker + ("-" if method in JOINED else ""), color=colour, ms=7, lw=1.2, capsize=3, label=method
         )  # fmt: skip
     full = next(row["perplexity"] for row in data if row["method"] == "full")
     axis.axhline(full, color="0.6", lw=0.8, ls=":")

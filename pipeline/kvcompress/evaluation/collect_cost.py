@@ -10,7 +10,7 @@ plain ones. Memory: each way in a fresh process, its peak beyond the loaded mode
 import json
 import multiprocessing
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import write_json
+from kvcompress.evaluation.timing import devices_of, timed
 from kvcompress.models import input_device, load_folder
 from kvcompress.params.model import LocalModel, ModelParams
 
@@ -54,13 +55,7 @@ def forward(model: PreTrainedModel, tokens: torch.Tensor, way: str, chunk_size: 
 
 
 def seconds(model: PreTrainedModel, tokens: torch.Tensor, way: str, chunk_size: int) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    forward(model, tokens, way, chunk_size)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timed(partial(forward, model, tokens, way, chunk_size), devices_of(model))[1] / 1000
 
 
 def peak_bytes(folder: str, device: str, dtype: str, length: int, way: str, chunk_size: int) -> int:

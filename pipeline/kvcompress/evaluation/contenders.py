@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import InputError
 from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
@@ -65,12 +64,9 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
     """
     shape = model_shape(config)
     found, rivals = [full_cache(shape)], dict[int, str]()
-    mine = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
     for path in paths:
         plan, name = RetentionPlan.load(path), Path(path).stem
-        other = plan.num_layers, plan.num_key_value_heads, plan.num_attention_heads
-        if mine != other:
-            raise InputError(f"{path} is for {other} layers, KV heads and query heads, the model has {mine}")
+        plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, path)
         held = plan.held(tokens)
         if held in rivals:
             found.append(of_plan(name, plan.policy, "plans", plan, rivals[held]))

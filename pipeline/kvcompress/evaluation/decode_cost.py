@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError, KVCompressError
+from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.decode_steps import Cost, measure, plan_of
 from kvcompress.plan import RetentionPlan
 
@@ -53,7 +53,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-    try:
+    with said_in_a_sentence():
         if kind is None:
             raise InputError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
         config = AutoConfig.from_pretrained(folder)
@@ -73,9 +73,6 @@ def main(
             plans |= {file.name: RetentionPlan.load(file) for file in plan}
             for rows in batch:
                 costs += measure(model, plans, tokens, rows, rounds)
-    except (KVCompressError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     show(costs)
     result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "costs": [asdict(cost) for cost in costs]}
     if output is None:

@@ -68,10 +68,7 @@ def baseline(method: str, layers: int, params: BenchmarkParams) -> Entrant:
 def head_aware(name: str, plan: RetentionPlan, where: str | Path, config: Any) -> Entrant:
     """An entrant for a plan. Raises `InputError` where the plan from `where` is for a model of another shape."""
     shape = model_shape(config)
-    found = plan.num_layers, plan.num_key_value_heads, plan.num_attention_heads
-    mine = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
-    if found != mine:
-        raise InputError(f"{where} is for {found} layers, KV heads and query heads, the model has {mine}")
+    plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, where)
     return Entrant(name, HEAD_AWARE, f"plan: {plan.policy}", HeadAwareCompressor.from_plan(plan), plan)
 
 

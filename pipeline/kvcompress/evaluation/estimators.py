@@ -32,13 +32,13 @@ from kvcompress.analysis.window_changes import window_changes
 from kvcompress.artifacts import read_model, write_json
 from kvcompress.cache.oracle import judged
 from kvcompress.corpora import documents, load_texts
-from kvcompress.evaluation.ablation import environment
+from kvcompress.errors import said_in_a_sentence
+from kvcompress.evaluation.environment import environment
 from kvcompress.models import ModelRecord, input_device, load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.model import ModelParams
-from kvcompress.planning.policies import evenly
+from kvcompress.planning.policies import evenly, retention
 from kvcompress.planning.spending import pieces, spend
-from kvcompress.retention import FULL, Retention
 
 Shape = tuple[int, int]
 Prices = np.ndarray  # [window, layer, kv_head]
@@ -148,9 +148,7 @@ def plan_for(
 
 def plan_cost(model: PreTrainedModel, batch: list[Tensor], held: np.ndarray, sinks: int, shape: Shape) -> float:
     """Divergence that a plan causes on documents, nats a token, by the mask oracle."""
-    length, kept = len(batch[0]), []
-    for slots in map(int, held):
-        kept.append(FULL if slots >= length else Retention(min(sinks, slots - 1), slots - min(sinks, slots - 1)))
+    kept = [retention(int(slots), len(batch[0]), sinks) for slots in held]
     layers = [kept[i : i + shape[1]] for i in range(0, len(kept), shape[1])]
     costs = []
     for tokens in batch:
@@ -216,4 +214,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with said_in_a_sentence():
+        typer.run(main)

@@ -29,7 +29,7 @@ from kvcompress.artifacts import write_json
 from kvcompress.cache.decode import Part, Scratch, Tuning, decode, kernel, table_of
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
-from kvcompress.errors import InputError, KVCompressError
+from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.gpu_clock import capture, clock, copy_bandwidth
 
 WINDOW = 4 + 128  # slots of a head that is not full
@@ -204,16 +204,13 @@ def main(
     """Time one token's attention over ragged heads on a GPU: dense SDPA, SDPA group by group, one launch."""
     kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     numbers = [int(number) for number in tuning.split(",") if number.strip().isdigit()]
-    try:
+    with said_in_a_sentence():
         if kind is None:
             raise InputError(f"dtype is {dtype!r}, expected bfloat16 or float16")
         if tuning and len(numbers) != 4:
             raise InputError(f"tuning is {tuning!r}, expected four numbers such as 64,2,4,3")
         if not torch.cuda.is_available() or kernel() is None:
             raise InputError("this times a GPU kernel and found no CUDA device with triton")
-    except KVCompressError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = copy_bandwidth(min(rounds, 20), device)
     costs, sweeps = [], []

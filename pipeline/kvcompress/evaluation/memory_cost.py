@@ -23,7 +23,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import said_in_a_sentence
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 
@@ -110,11 +110,8 @@ def soak(
         num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    try:
+    with said_in_a_sentence():
         compressor = StreamingLLMCompressor(4, 60, positions=positions)  # type: ignore[arg-type]
-    except KVCompressError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     cache = compressor.new_cache(config, "streaming")
     token, finite, readings = torch.zeros(1, 1, dtype=torch.long), True, []
     with compressor.attached(model):

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from kvcompress.artifacts import read_json, read_text, write_text
-from kvcompress.errors import InputError
+from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 
 Results = Sequence[Mapping[str, Any]]
@@ -23,17 +24,13 @@ MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DO
 
 def ablation(results: Results) -> str:
     """The table of all contenders of an ablation report, smallest first, and the class table's verdict."""
-    rows = {row["name"]: row for result in results for row in result["rows"]}
-    tasks = list(next(iter(rows.values()))["retrieval"])
+    rows = rows_of(results)
+    tasks = list(rows[0]["retrieval"])
     header = ["contender (sinks + window)", "bytes", "perplexity", "ΔNLL to the full cache", *tasks]
     lines = [origin(results[0]), "", "| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    for row in sorted(rows.values(), key=lambda row: (row["share"], row["perplexity"])):
-        change = row["nll_over_full"]
-        cells = [row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}"]
-        cells += [f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"]
-        cells += [f"{row['retrieval'][task]['correct']}/{row['retrieval'][task]['total']}" for task in tasks]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"**{verdict(rows['class table'])}**"])
+    lines += ["| " + " | ".join([*leading_cells(row), *facts_cells(row)]) + " |" for row in by_size(rows)]
+    (table,) = (row for row in rows if row["name"] == "class table")
+    return "\n".join([*lines, "", f"**{verdict(table)}**"])
 
 
 def plans(results: Results) -> str:
@@ -65,4 +62,5 @@ def main(readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = Pa
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with said_in_a_sentence():
+        typer.run(main)

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.artifacts import write_json
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import InputError, KVCompressError
+from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
 from kvcompress.scores import SCORES, Held, best, make_score
 
@@ -108,7 +108,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,
 ) -> None:
     """Time every score on one layer, at the end of a prefill and on a chunk of a stream."""
-    try:
+    with said_in_a_sentence():
         if query_heads % kv_heads or head_dim % 2:
             raise InputError(f"{query_heads} query heads on {kv_heads} KV heads of size {head_dim} do not make a layer")
         where, heads = torch.device(device), (query_heads, kv_heads)
@@ -117,9 +117,6 @@ def main(
             costs += measure(held_keys(count, count, heads, head_dim, where), "prefill", rounds)
             if chunk < count:
                 costs += measure(held_keys(count, chunk, heads, head_dim, where), "stream", rounds)
-    except KVCompressError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     show(costs)
     result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "costs": [asdict(cost) for cost in costs]}
     if output is None:

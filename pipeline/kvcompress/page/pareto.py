@@ -3,13 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.evaluation.ablation_data import OTHER, STYLE, Rows, pareto_data
-from kvcompress.evaluation.ablation_report import verdict
+from kvcompress.evaluation.ablation_data import (
+    JOINED,
+    OTHER,
+    STYLE,
+    Rows,
+    by_size,
+    facts_cells,
+    leading_cells,
+    pareto_data,
+)
 from kvcompress.page.chart import Axis, Point, Series, chart
 from kvcompress.page.markup import Html, details, table
 from kvcompress.page.scale import Scale, log_ticks
 
-JOINED = ("uniform sink + window", "window only", "priced")  # the same method at several sizes
 NAMES = {"full": "full cache", "retrieval_heads": "retrieval heads", "class_table_scaled": "class table, scaled"}
 SHARES = (0.01, 0.02, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 MARGIN = 1.04
@@ -55,17 +62,7 @@ def contender_table(rows: Rows, caption: str) -> Html:
     """All contenders, smallest first."""
     tasks = list(rows[0]["retrieval"])
     header = ["contender", "bytes", "perplexity", "ΔNLL to the full cache", "KL", "accuracy", *tasks]
-    shown = []
-    for row in sorted(rows, key=lambda row: (row["share"], row["perplexity"])):
-        change = row["nll_over_full"]
-        cells = [row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}"]
-        cells += [f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"]
-        cells += [f"{row['kl']:.4f}", f"{row['accuracy']:.1%}"]
-        cells += [f"{row['retrieval'][task]['correct']}/{row['retrieval'][task]['total']}" for task in tasks]
-        shown.append(cells)
+    shown = [
+        [*leading_cells(row), f"{row['kl']:.4f}", f"{row['accuracy']:.1%}", *facts_cells(row)] for row in by_size(rows)
+    ]
     return details(f"{caption}, as a table", table(header, shown, caption))
-
-
-def verdicts(rows: Rows) -> list[str]:
-    """The report's sentences on everyone who has a rival of the same bytes."""
-    return [sentence for row in rows if (sentence := verdict(row))]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvcompress.analysis.statistics import StatisticsFile
+from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_report import origin
 from kvcompress.heads import HeadClassification
 from kvcompress.page.facts import heat_maps
@@ -39,11 +40,6 @@ class Section(NamedTuple):
 
 def prose(*text: str | Html) -> Html:
     return tag("p", *text)
-
-
-def rows_of(results: Results) -> list[Mapping[str, Any]]:
-    """All contenders once."""
-    return list({row["name"]: row for result in results for row in result["rows"]}.values())
 
 
 def sections(inputs: Inputs) -> list[Section]:

@@ -1,9 +1,11 @@
 """Sections `model` and, for what both share, files inside packages."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kvcompress.errors import InputError
 from kvcompress.params.base import Name, Params, SectionParams
 
 
@@ -47,3 +49,15 @@ class ModelParams(SectionParams):
         if getattr(self, self.source) is None:
             raise ValueError(f"model.source is {self.source}, but there is no block model.{self.source}")
         return self
+
+
+def source_of(model: str, revision: str, flag: str) -> dict[str, Any]:
+    """Fields of `ModelParams` for a model on a command line: a folder, or a name on the hub.
+
+    Raises `InputError` that names `flag` where it can be neither.
+    """
+    if Path(model).is_dir():
+        return {"source": "local", "local": {"path": model}}
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise InputError(f"{flag} is {model!r}, but there is no such folder, and it is no name on the hub")
+    return {"source": "hub", "hub": {"id": model, "revision": revision}}

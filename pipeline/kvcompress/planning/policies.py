@@ -55,7 +55,7 @@ class Planner:
 
     def of_slots(self, held: np.ndarray, policy: str, budget: Budget, **made_from: Any) -> RetentionPlan:
         """Slots of every head -> sinks + window, or the full cache where they reach the context's length."""
-        kept = [self.retention(int(slots)) for slots in held]
+        kept = [retention(int(slots), self.context, self.sensitivity.sinks) for slots in held]
         width = self.sensitivity.kv_heads
         layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
         spent = int(np.minimum(held, self.context).sum())
@@ -65,17 +65,19 @@ class Planner:
         query_heads = int(self.sensitivity.origin["num_attention_heads"])
         return RetentionPlan(layers, query_heads, self.model_id, policy, figures, origin)
 
-    def retention(self, slots: int) -> Retention:
-        if slots >= self.context:
-            return FULL
-        sinks = min(self.sensitivity.sinks, slots - 1)
-        return Retention(sinks, slots - sinks)
-
     def best(self, budget: Budget) -> Priced:
         """The division that `priced` takes."""
         if budget not in self._best:
             self._best[budget] = self.pricing.best(self.slots(budget), self.balance)
         return self._best[budget]
+
+
+def retention(slots: int, context: int, sinks: int) -> Retention:
+    """Sinks + window in so many slots; the full cache where they reach the context's length."""
+    if slots >= context:
+        return FULL
+    sinks = min(sinks, slots - 1)
+    return Retention(sinks, slots - sinks)
 
 
 def uniform(planner: Planner, budget: Budget) -> RetentionPlan:
