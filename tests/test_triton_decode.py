@@ -95,7 +95,7 @@ def reference(query, keys, values, lengths):
 def run(query, parts, heads, seen, scratch=None, tuning=None, pads=None, new=None):
     count = torch.tensor([seen], dtype=torch.int32, device=DEVICE)
     value_size = parts[0].values.shape[-1]
-    tuning = tuning or (None if CUDA else Tuning(block=16, programs_per_processor=5))
+    tuning = tuning or (None if CUDA else Tuning(block=16, programs_per_processor=5, whole=24))
     out, scratch = decode.decode(query, table_of(parts, heads), value_size, count, pads, None, scratch, tuning, new)
     assert not scratch.arrivals.any()
     return out.float(), scratch
@@ -141,11 +141,12 @@ def test_the_kernel_is_softmax_attention_of_every_head(poisoned, lengths, group,
 @needs_triton
 @pytest.mark.parametrize("programs", [1, 2, 3, 11, 60])
 @pytest.mark.parametrize("block", [16, 32])
-def test_the_division_of_the_work_does_not_matter(poisoned, programs, block):
+@pytest.mark.parametrize(("whole", "extra"), [(0, 0), (31, 2), (256, 5)])
+def test_the_division_of_the_work_does_not_matter(poisoned, programs, block, whole, extra):
     torch.manual_seed(programs)
     lengths = [90, 0, 4, 31, 1]
     query, parts, expected = make(2, lengths, 8, 32, 32, FP32)  # 8: four partial results are merged at a time
-    tuning = Tuning(block=block, programs_per_processor=programs)
+    tuning = Tuning(block=block, programs_per_processor=programs, whole=whole, extra=extra)
     found, _ = run(query, parts, 5, 90, tuning=tuning)
     assert error(found, expected) < TOLERANCE[FP32]
 
@@ -170,7 +171,8 @@ def test_a_grown_cache_needs_only_a_new_count_and_scratch_serves_again(poisoned)
 
 @needs_triton
 @pytest.mark.parametrize("programs", [1, 4, 9])
-def test_pads_are_hidden_and_a_row_of_pads_gives_zeros(poisoned, programs):
+@pytest.mark.parametrize("whole", [0, 24, 256])
+def test_pads_are_hidden_and_a_row_of_pads_gives_zeros(poisoned, programs, whole):
     """An unbounded head and a ring of 12 that has turned; rows with pads up to all there is."""
     torch.manual_seed(programs)
     query, parts, _ = make(4, [48, 12], 3, 32, 32, FP32)
@@ -179,7 +181,7 @@ def test_pads_are_hidden_and_a_row_of_pads_gives_zeros(poisoned, programs):
     for row, pad in enumerate(pads.tolist()):
         for tensor in parts[0][1:3]:
             tensor[row, :, :pad] = POISON
-    tuning = Tuning(block=16, programs_per_processor=programs)
+    tuning = Tuning(block=16, programs_per_processor=programs, whole=whole)
     found, _ = run(query, parts, 2, 48, tuning=tuning, pads=pads)
     assert not found[2].any()
     ring = [47 - (47 - slot) % 12 for slot in range(12)]  # the column in each slot
@@ -239,7 +241,7 @@ def test_a_query_may_be_a_view_and_the_scale_given():
     _, parts, _ = make(2, [30, 30], 3, 32, 32, FP32, same_block=True)
     heads_last = torch.randn(2, 32, 6, device=DEVICE)
     count = torch.tensor([30], dtype=torch.int32, device=DEVICE)
-    tuning = Tuning(block=16)
+    tuning = Tuning(block=16, whole=0)
     found, _ = decode.decode(heads_last.mT, table_of(parts, 2), 32, count, scale=0.5, tuning=tuning)
     expected = reference(heads_last.mT * 0.5 * math.sqrt(32), parts[0].keys, parts[0].values, [30, 30])
     assert error(found, expected) < TOLERANCE[FP32]
@@ -257,7 +259,7 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
 
     def counted(*args, new):
         launches.append(1)
-        return decode.decode(*args, new=new, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3))
+        return decode.decode(*args, new=new, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3, whole=8))
 
     monkeypatch.setattr(fused, "decode", counted)
     if not CUDA:

@@ -1,22 +1,22 @@
 """The Triton kernel behind `decode`: one token's attention over all KV heads of a layer in one launch.
 
-The keys of a (row, KV head) pair are cut into blocks, and the blocks of all pairs, one pair after the other, form one
-line. Each program takes an equal piece of the line, so a full head of 8,192 keys beside window heads of 132 keeps every
-multiprocessor busy to the end (the idea of Stream-K, arXiv 2301.03598). Inside its piece a program runs the online
+All keys form one line, of which each program takes an equal piece (`decode_line`), so a full head of 8,192 keys beside
+window heads of 132 keeps every multiprocessor busy to the end. Inside its piece a program runs the online
 softmax of FlashAttention-2 (arXiv 2307.08691), pair by pair. A pair that lies whole in one piece is written out at once.
 Of a pair cut between programs each writes its partial result (as in Flash-Decoding), and whoever arrives last, by an
 atomic counter, merges all of them in a fixed order: the result does not depend on who that was. It also sets the
 counter back to 0, ready for the next launch.
 
-The new key and value may come along: the one program that reads their block stores them in their slot before it does.
+The new key and value may come along: the one program that reads their unit stores them in their slot before it does.
 
 Lengths are made here from the device's own count of tokens seen, so a captured CUDA graph goes on being right as the
-cache grows within its blocks. Importing this file needs triton.
+cache grows within its storage. Importing this file needs triton.
 """
 
 import triton
 import triton.language as tl
 
+from kvcompress.cache.decode_line import boundary_of, program_of
 from kvcompress.cache.decode_softmax import CAPACITY, FIELDS, UNBOUNDED, attend_blocks, merge_partial, put
 
 
@@ -40,6 +40,8 @@ def decode_heads(
     value_row,
     value_head,
     scale,  # of the scores, times log2(e)
+    whole,  # keys up to which a head is not cut
+    extra,  # units that such a head counts in addition: its start and end cost as much as so many keys
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     SIZE: tl.constexpr,
@@ -47,6 +49,7 @@ def decode_heads(
     PADDED: tl.constexpr,
     APPEND: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: triton's interpreter knows no product of bfloat16
+    UNIT: tl.constexpr,  # keys a unit of the line
     BLOCK: tl.constexpr,  # keys a block
     # Powers of two: rows of a matrix product, query heads, KV heads and batch rows, each with room to spare; columns
     # of a head in a large and a small part (80 = 64 + 16), no small part where that is 0; partial results at a time.
@@ -65,58 +68,69 @@ def decode_heads(
     heads = tl.arange(0, HEADS_SPAN)
     capacity = tl.load(table + heads * FIELDS + CAPACITY, mask=heads < HEADS, other=0).to(tl.int32)
     held = tl.minimum(capacity, length)
-    # An empty head has a block too, without keys: someone must write its zeros.
-    blocks = tl.where(heads < HEADS, tl.maximum(tl.cdiv(held, BLOCK), 1), 0)
-    a_row = tl.sum(blocks)  # blocks of a row without padding
+    # An empty head has a unit too, without keys: someone must write its zeros.
+    uncut = tl.where(held <= whole, 1, 0)
+    units = tl.where(heads < HEADS, tl.maximum(tl.cdiv(held, UNIT), 1) + extra * uncut, 0)
+    a_row = tl.sum(units)  # units of a row without padding
+    row_units, row_skips, unbounded = a_row, 0, 0
     rows = tl.arange(0, BATCH_SPAN)
     if PADDED:
-        # An unbounded head of a padded row begins with the block of its first real token.
+        # An unbounded head of a padded row begins with the unit of its first real token.
         unbounded = tl.where(capacity == UNBOUNDED, 1, 0)
-        row_skips = tl.load(pads + rows, mask=rows < batch, other=0).to(tl.int32) // BLOCK
-        row_skips = tl.minimum(row_skips, tl.cdiv(length, BLOCK) - 1)
-        row_blocks = tl.where(rows < batch, a_row - row_skips * tl.sum(unbounded), 0)
-        all_blocks = tl.sum(row_blocks)
+        row_skips = tl.load(pads + rows, mask=rows < batch, other=0).to(tl.int32) // UNIT
+        row_skips = tl.minimum(row_skips, tl.cdiv(length, UNIT) - 1)
+        row_units = tl.where(rows < batch, a_row - row_skips * tl.sum(unbounded), 0)
+        all_units = tl.sum(row_units)
     else:
-        all_blocks = a_row * batch
-    # The first `longer` programs take `share + 1` blocks, the others `share`.
-    share, longer = all_blocks // tl.num_programs(0), all_blocks % tl.num_programs(0)
-    low = program * share + tl.minimum(program, longer)
-    high = low + share + tl.where(program < longer, 1, 0)
+        all_units = a_row * batch
+    low, first_pair, _ = boundary_of(
+        program,
+        all_units,
+        heads,
+        units,
+        uncut,
+        rows,
+        row_units,
+        row_skips,
+        unbounded,
+        a_row,
+        batch,
+        HEADS,
+        PADDED,
+    )
+    high, last_pair, last_start = boundary_of(
+        program + 1,
+        all_units,
+        heads,
+        units,
+        uncut,
+        rows,
+        row_units,
+        row_skips,
+        unbounded,
+        a_row,
+        batch,
+        HEADS,
+        PADDED,
+    )
     if low >= high:
         return
-
-    if PADDED:
-        row_ends = tl.cumsum(row_blocks)
-        first_row = tl.sum(tl.where(row_ends <= low, 1, 0))
-        last_row = tl.sum(tl.where(row_ends < high, 1, 0))
-        first_skip = tl.sum(tl.where(rows == first_row, row_skips, 0))
-        last_skip = tl.sum(tl.where(rows == last_row, row_skips, 0))
-        first_ends = tl.cumsum(blocks - first_skip * unbounded)
-        last_ends = tl.cumsum(blocks - last_skip * unbounded)
-        first_start = tl.sum(tl.where(rows < first_row, row_blocks, 0))
-        last_start = tl.sum(tl.where(rows < last_row, row_blocks, 0))
-    else:
-        first_row, last_row = low // a_row, (high - 1) // a_row
-        first_ends = tl.cumsum(blocks)
-        last_ends = first_ends
-        first_start, last_start = first_row * a_row, last_row * a_row
-    first_pair = first_row * HEADS + tl.sum(tl.where(first_start + first_ends <= low, 1, 0))
-    last_pair = last_row * HEADS + tl.sum(tl.where(last_start + last_ends < high, 1, 0))
+    last_pair -= tl.where(high == last_start, 1, 0)
 
     for pair in range(first_pair, last_pair + 1):
         row, head = pair // HEADS, pair % HEADS
         start = row * a_row
-        own_blocks = blocks
+        own_units = units
         skip = 0
         pad = 0
         if PADDED:
             skip = tl.sum(tl.where(rows == row, row_skips, 0))
-            own_blocks = blocks - skip * unbounded
-            start = tl.sum(tl.where(rows < row, row_blocks, 0))
+            own_units = units - skip * unbounded
+            start = tl.sum(tl.where(rows < row, row_units, 0))
             skip = skip * tl.sum(tl.where(heads == head, unbounded, 0))
             pad = tl.load(pads + row).to(tl.int32)
-        start += tl.sum(tl.where(heads < head, own_blocks, 0))
-        end = start + tl.sum(tl.where(heads == head, own_blocks, 0))
+        start += tl.sum(tl.where(heads < head, own_units, 0))
+        end = start + tl.sum(tl.where(heads == head, own_units, 0))
 
         top, total, large, small = attend_blocks(
             query + tl.cast(row, tl.int64) * query_row + head * GROUP * query_head,
@@ -136,6 +150,7 @@ def decode_heads(
             PADDED,
             APPEND,
             WIDE,
+            UNIT,
             BLOCK,
             ROWS,
             KEY_LARGE,
@@ -161,7 +176,7 @@ def decode_heads(
             put(own, large, 0, GROUP, VALUE_SIZE)
             if VALUE_SMALL > 0:
                 put(own, small, VALUE_LARGE, GROUP, VALUE_SIZE)
-            first, last = _program_of(start, share, longer), _program_of(end - 1, share, longer)
+            first, last = program_of(start, all_units), program_of(end - 1, all_units)
             # All threads have stored before one of them releases the stores with the count; who counts last acquires
             # the others' stores, and the value's way back to all threads is a barrier again.
             tl.debug_barrier()
@@ -182,10 +197,3 @@ def decode_heads(
                     AT_A_TIME,
                 )
                 tl.store(arrivals + pair, 0)
-
-
-@triton.jit
-def _program_of(block, share, longer):
-    """Which program has a block of the line."""
-    in_longer = block // (share + 1)
-    return tl.where(in_longer < longer, in_longer, longer + (block - longer * (share + 1)) // tl.maximum(share, 1))

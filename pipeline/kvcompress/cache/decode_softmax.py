@@ -34,6 +34,7 @@ def attend_blocks(
     PADDED: tl.constexpr,
     APPEND: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KEY_LARGE: tl.constexpr,
@@ -41,7 +42,7 @@ def attend_blocks(
     VALUE_LARGE: tl.constexpr,
     VALUE_SMALL: tl.constexpr,
 ):
-    """Online softmax of a KV head's query heads over its blocks `begin...end`: top, total, sums of values."""
+    """Online softmax of a KV head's query heads over its units `begin...end`: top, total, sums of values."""
     kind = query.dtype.element_ty
     product = tl.float32 if WIDE else kind
     keys = tl.load(line).to(tl.pointer_type(kind)) + tl.load(line + 2) * row
@@ -59,7 +60,7 @@ def attend_blocks(
     if APPEND:  # `Group` says the same in torch
         last = seen - 1
         free = tl.where(last < capacity, last, sinks + (last - sinks) % window)
-        if (length > 0) & (begin <= free // BLOCK) & (free // BLOCK < end):
+        if (length > 0) & (begin <= free // UNIT) & (free // UNIT < end):
             _copy(keys + free * SIZE, new_key, SIZE, KEY_LARGE if KEY_SMALL == 0 else 2 * KEY_LARGE)
             _copy(
                 values + free * VALUE_SIZE, new_value, VALUE_SIZE, VALUE_LARGE if VALUE_SMALL == 0 else 2 * VALUE_LARGE
@@ -69,9 +70,10 @@ def attend_blocks(
     totals = tl.zeros([ROWS, BLOCK], tl.float32)  # summed over the columns at the end: a sum a block costs barriers
     large = tl.zeros([ROWS, VALUE_LARGE], tl.float32)
     small = tl.zeros([ROWS, VALUE_SMALL if VALUE_SMALL > 0 else 1], tl.float32)
-    for block in range(begin, end):
-        slot = block * BLOCK + tl.arange(0, BLOCK)
-        there = slot < length
+    last_slot = tl.minimum(end * UNIT, length)
+    for first in range(begin * UNIT, last_slot, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        there = slot < last_slot
         if PADDED:  # `Group.positions` says the same in torch
             column = seen - 1 - (seen - 1 - slot) % window
             there = there & tl.where(slot < sinks, slot + pad < seen, column >= pad + sinks)
