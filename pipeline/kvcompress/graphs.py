@@ -136,6 +136,8 @@ class GraphedDecoder:
         except RuntimeError as error:
             back()
             self._ready = False
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise UnsupportedModelError(
                 f"a decode step of {type(self.model).__name__} cannot be captured in a CUDA graph: {error}"
             ) from error
