@@ -5,8 +5,19 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import judged
-from tests.cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, plan_for, real
+from kvcompress.cache import judged, reading
+from tests.cache_tools import (
+    FAMILIES,
+    PLANS,
+    compressor_for,
+    feed,
+    inputs_for,
+    model_of,
+    padded,
+    plan_for,
+    real,
+    tokens,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTH = 33
@@ -26,6 +37,23 @@ def test_cuda_agrees_with_the_oracle(family, plan, dtype):
         with torch.inference_mode(), compressor.attached(model):
             cache = compressor.new_cache(model.config, prefill="streaming")
             found = real(feed(model, cache, ids, chunks, mask), mask).float()
+        assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("plan", ["all_full", "mixed", "no_sinks", "window_beyond_text"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "mistral"])
+def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan, dtype):
+    """Without padding chunks of full heads need no mask, and bounded heads are read in larger blocks."""
+    monkeypatch.setattr(reading, "LARGE_BLOCK", 16)
+    model = copy.deepcopy(model_of(family)).to("cuda", dtype)
+    ids = tokens(2, 100).cuda()
+    with torch.inference_mode(), judged(model, plan_for(model, plan), "streaming"):
+        expected = model(ids, use_cache=False).logits.float()
+    compressor = compressor_for(model, plan)
+    for chunks in ([100], [40, 33, 1, 26]):
+        with torch.inference_mode(), compressor.attached(model):
+            found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks).float()
         assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import judged
+from kvcompress.cache import judged, reading
 from tests.cache_tools import (
     FAMILIES,
     PLANS,
@@ -122,3 +122,20 @@ def test_an_input_of_many_blocks_agrees_with_the_oracle():
         for chunks in ([model_length], [300, 1, 399], [520, 1]):
             found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks)
             assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", ["all_full", "mixed", "window_beyond_text"])
+def test_chunks_that_need_no_mask_agree_with_the_oracle(monkeypatch, family, plan):
+    """As a GPU reads them: by an attention that knows where the last columns stand. Small blocks, so there are many."""
+    used = []
+    monkeypatch.setattr(reading, "needs_no_mask", lambda *_: used.append(1) or True)
+    monkeypatch.setattr(reading, "BLOCK", 7)
+    model, ids = model_of(family), tokens(2, LENGTH)
+    expected = oracle(model, plan, ids, None)
+    compressor = compressor_for(model, plan)
+    with compressor.attached(model):
+        for chunks in FEEDS.values():
+            found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks)
+            assert (found - expected).abs().max() < 1e-5
+    assert used or plan == "mixed" or family == "mistral"  # whose layers all have a window of their own

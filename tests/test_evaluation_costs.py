@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvcompress.cache import fused
 from kvcompress.cache.decode import Tuning
 from kvcompress.errors import InputError
-from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost, step_cost
+from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost
 from kvcompress.evaluation.decode_steps import plan_of
 from tests.cache_tools import model_of
 
@@ -170,3 +170,17 @@ def test_step_cost_captures_its_steps(monkeypatch, tmp_path):
     result = json.loads(output.read_text())
     assert [cost["captured"] for cost in result["step"]["costs"]] == [True, True, False, True, False]
     assert all(cost["captured"] for cost in result["growth"]["costs"])
+
+
+def test_prefill_cost_compares_the_ways_to_read_a_prompt(tmp_path):
+    output = tmp_path / "cost.json"
+    options = ["--tiny", "--device", "cpu", "--tokens", "60", "--chunk", "25", "--rounds", "1", "--output", str(output)]
+    done = run(prefill_cost.app, options)
+    assert done.exit_code == 0, done.output
+    costs = json.loads(output.read_text())["costs"]
+    assert [cost["contender"] for cost in costs] == ["dense", "exact", "streaming", "streaming, chunks of 25"]
+    assert all(cost["ms"] > 0 for cost in costs)
+    assert all(cost["cache_mb"] < 0.4 * costs[0]["cache_mb"] for cost in costs[1:])
+    refused = run(prefill_cost.app, ["--tiny", "--device", "cpu", "--share", "0.01", "--tokens", "60"])
+    assert refused.exit_code == 1
+    assert "slots a head" in refused.stderr

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.cache.group import Group
@@ -22,6 +23,7 @@ from kvcompress.cache.spread import attend_spread, parts_for
 from kvcompress.retention import FULL, Retention
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
+LARGE_BLOCK = 1024  # on a GPU, where a block is some thirty launches, and one mask serves all rows of the batch
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, 
     return out.view(batch, heads, group, new, -1)
 
 
+def needs_no_mask(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the device's flash attention knows causal attention of the last columns alone, and never makes a mask."""
+    return (
+        query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and keys.shape[-1] == values.shape[-1] <= 256
+    )
+
+
 def attend_all(query: Tensor, keys: Tensor, values: Tensor, held: int, reading: Reading) -> Tensor:
     """Causal attention of the last columns of `keys`, `[batch, kv_head, held + query, head_dim]` in text order."""
     batch, heads, group, new, size = query.shape
@@ -79,6 +88,17 @@ def attend_all(query: Tensor, keys: Tensor, values: Tensor, held: int, reading: 
             dropout_p=reading.dropout,
             scale=reading.scale,
             is_causal=True,
+            enable_gqa=group > 1,
+        )
+        return out.view(batch, heads, group, new, -1)
+    if not reading.padding.longest and reading.limit is None and needs_no_mask(query, keys, values):
+        out = scaled_dot_product_attention(
+            query.reshape(batch, heads * group, new, size),
+            keys,
+            values,
+            attn_mask=causal_lower_right(new, held + new),
+            dropout_p=reading.dropout,
+            scale=reading.scale,
             enable_gqa=group > 1,
         )
         return out.view(batch, heads, group, new, -1)
@@ -104,7 +124,8 @@ def read(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Rea
         group.append(keys, values, padding)
         return attend_all(query, *((keys, values) if not held else group.read()), held, reading)
     # While the ring's writes are recorded, no two columns of one block may share a slot.
-    step = min(BLOCK, group.kept.window) if group.recording else BLOCK
+    step = LARGE_BLOCK if query.is_cuda and not padding.longest else BLOCK
+    step = min(step, group.kept.window) if group.recording else step
     pieces = []
     for begin in range(0, new, step):
         end = min(begin + step, new)

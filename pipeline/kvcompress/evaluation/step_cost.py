@@ -1,7 +1,7 @@
 """What whole decode steps cost on a GPU, with the full cache and with a plan that keeps a quarter of it.
 
     python -m kvcompress.evaluation.step_cost --output step_cost.json
-    python -m kvcompress.evaluation.step_cost --part step --part batch
+    python -m kvcompress.evaluation.step_cost --part step --fused
     python -m kvcompress.evaluation.step_cost --tiny --device cpu
 
 Parts: `step` times a step of Pythia-2.8b (batch 32, 2,048 tokens), captured in a CUDA graph and as a user has it today;
@@ -85,7 +85,14 @@ def batches_of(model: PreTrainedModel, plans: dict[str, RetentionPlan], context:
 
 
 def growth_of(
-    model: PreTrainedModel, sizes: Sizes, share: float, full_heads: float, bandwidth: float, rounds: int, steps: int
+    model: PreTrainedModel,
+    sizes: Sizes,
+    share: float,
+    full_heads: float,
+    bandwidth: float,
+    rounds: int,
+    steps: int,
+    fused: bool,
 ) -> list[StepCost]:
     """Steps of both plans under capture wherever both caches and the weights fit into nine tenths of the device."""
     room, costs = float("inf"), []
@@ -96,7 +103,7 @@ def growth_of(
         plans = plans_of(model, context, share, full_heads)
         kept = batch * sum(kept_bytes(plan, model.config, context, model.dtype) for plan in plans.values())
         if weight_bytes(model) + kept < room:
-            costs += compare_steps((FULL, PLAN), model, plans, batch, context, bandwidth, rounds, steps)
+            costs += compare_steps((FULL, PLAN), model, plans, batch, context, bandwidth, rounds, steps, fused)
             forget(model.device)
     return costs
 
@@ -121,6 +128,7 @@ def main(
     full_heads: Annotated[float, typer.Option(help="Part of the KV heads that stay full in it.")] = 0.125,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every contender.")] = 11,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 8,
+    fused: Annotated[bool, typer.Option("--fused", help="Compile what lies between the matrix products.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model and short contexts, to try the program.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,
@@ -132,7 +140,7 @@ def main(
                 raise InputError(f"part is {name!r}, expected one of {', '.join(PARTS)}")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, but there is no CUDA device here")
-        result = measured(part, share, full_heads, rounds, steps, torch.device(device), Sizes(tiny))
+        result = measured(part, share, full_heads, rounds, steps, fused, torch.device(device), Sizes(tiny))
     if output is None:
         typer.echo(json.dumps(result))
     else:
@@ -140,7 +148,14 @@ def main(
 
 
 def measured(
-    part: list[str], share: float, full_heads: float, rounds: int, steps: int, device: torch.device, sizes: Sizes
+    part: list[str],
+    share: float,
+    full_heads: float,
+    rounds: int,
+    steps: int,
+    fused: bool,
+    device: torch.device,
+    sizes: Sizes,
 ) -> dict[str, Any]:
     """The parts, one model at a time, with what they were measured on."""
     if device.type == "cuda":
@@ -155,6 +170,7 @@ def measured(
         "copy_gb_per_s": bandwidth / 1e9,
         "share": share,
         "full_heads": full_heads,
+        "fused": fused,
     }
     if {"step", "memory"} & set(part):
         model = random_model(config_of(sizes.step_model), dtype, device)
@@ -162,7 +178,7 @@ def measured(
         plans = plans_of(model, context, share, full_heads)
         if "step" in part:
             names = (STATIC, FULL, DYNAMIC, PLAN, EAGER)
-            costs = compare_steps(names, model, plans, batch, context, bandwidth, rounds, steps)
+            costs = compare_steps(names, model, plans, batch, context, bandwidth, rounds, steps, fused)
             show(sizes.step_model, costs)
             result["step"] = {"model": sizes.step_model, "costs": [asdict(cost) for cost in costs]}
             forget(device)
@@ -179,7 +195,7 @@ def measured(
             result["batch"] = {"model": sizes.batch_model} | found
             typer.echo(f"batch: {result['batch']}", err=True)
         if "growth" in part:
-            costs = growth_of(model, sizes, share, full_heads, bandwidth, max(rounds // 2, 1), steps)
+            costs = growth_of(model, sizes, share, full_heads, bandwidth, max(rounds // 2, 1), steps, fused)
             show(sizes.batch_model, costs)
             result["growth"] = {"model": sizes.batch_model, "costs": [asdict(cost) for cost in costs]}
     return result
