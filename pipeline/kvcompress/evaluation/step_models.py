@@ -72,9 +72,9 @@ def occupied(plan: RetentionPlan, model: PreTrainedModel, batch: int, seen: int,
 
 
 def occupied_static(model: PreTrainedModel, batch: int, seen: int, room: int) -> StaticCache:
-    """As `occupied`, transformers' own full cache."""
+    """As `occupied`, transformers' own full cache; a multiple of 64 slots, which its masked attention reads in place."""
     config = model.config
-    cache = StaticCache(config=config, max_cache_len=seen + room)
+    cache = StaticCache(config=config, max_cache_len=-(-(seen + room) // 64) * 64)
     one = torch.empty(
         batch, ModelShape.of_config(config).kv_heads, 1, head_size(config), dtype=model.dtype, device=model.device
     )
