@@ -78,7 +78,7 @@ def ordinary(model, cache, ids, mask, column):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("family", "plan", "pads"), CASES)
 def test_steps_have_the_logits_of_ordinary_passes(way, family, plan, pads, dtype):
-    """With an ordinary pass in between and one after them."""
+    """With an ordinary pass before the capture, one between replays and one after them."""
     model, (ids, mask) = moved(family, way, dtype), texts(way, pads)
     prompt, compressor = PROMPT + (6 if pads else 0), compressor_for(model, plan)
     columns = range(prompt, ids.shape[1])
@@ -86,7 +86,7 @@ def test_steps_have_the_logits_of_ordinary_passes(way, family, plan, pads, dtype
         cache, _ = begin(model, compressor, ids[:, :prompt], mask)
         decoder, found = GraphedDecoder(model, cache, NEW), []
         for column in columns:
-            if column in (prompt + 5, columns[-1]):
+            if column in (prompt + 1, prompt + 5, columns[-1]):
                 found.append(ordinary(model, cache, ids, mask, column))
             else:
                 decoder.step(ids[:, column])
@@ -168,6 +168,20 @@ def test_the_full_cache_has_a_twin(way):
         dense.step(first)
 
 
+def test_a_static_cache_that_cannot_be_served_is_refused(way):
+    model, (ids, _) = moved("llama", way), texts(way, pads=False)
+    static = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(CacheUseError, match="holds no tokens yet"):
+        GraphedDecoder(model, static, 4)
+    with torch.inference_mode():
+        model(ids, past_key_values=static, use_cache=True)
+    with pytest.raises(CacheUseError, match="filled in inference mode"):
+        GraphedDecoder(model, static, 4)
+    sliding = moved("mistral", way)
+    with pytest.raises(CacheUseError, match="layers of StaticSlidingWindowLayer, expected StaticLayer"):
+        GraphedDecoder(sliding, StaticCache(config=sliding.config, max_cache_len=40), 4)
+
+
 def test_a_reserved_cache_neither_grows_nor_moves(way):
     model, (ids, mask) = moved("llama", way), texts(way, pads=False)
     compressor = compressor_for(model, "mixed")
@@ -191,7 +205,7 @@ def test_what_cannot_go_on_is_refused(way):
     with compressor.attached(model):
         with pytest.raises(CacheUseError, match="no token was seen yet"):
             GraphedDecoder(model, compressor.new_cache(model.config), 4)
-        with pytest.raises(CacheUseError, match="got a ready-made|is a DynamicCache, expected"):
+        with pytest.raises(CacheUseError, match="is a DynamicCache, expected"):
             GraphedDecoder(model, model(ids, use_cache=True).past_key_values, 4)
         unfinished = compressor.new_cache(model.config, prompt_length=20)
         feed(model, unfinished, ids[:, :5], [5])

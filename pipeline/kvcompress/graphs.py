@@ -76,7 +76,7 @@ class GraphedDecoder:
         self._replay: Callable[[], None] | None = None
         self._pieces: list[object] = []
         self._weights = 0
-        self._ready = False
+        self._ready: tuple[int, list[object]] | None = None  # after a step that shows what a captured one would be
         self.logits: Tensor | None = None
 
     @property
@@ -113,9 +113,10 @@ class GraphedDecoder:
             if past.pads is not None:
                 self._positions.sub_(past.pads[:, None])
         past.open()
-        if past.recording or not (self._replay or self._ready):
+        if past.recording or not (self._replay or self._is_ready()):
             self._forward()
-            self._ready = can_record(self.device) and past.can_be_captured()
+            if can_record(self.device) and past.can_be_captured():
+                self._ready = past.seen, past.pieces()
         elif self._replay is None:
             self._capture()()
         else:
@@ -123,6 +124,12 @@ class GraphedDecoder:
             self._replay()
             past.count()
         self._at = past.seen, past.pads
+
+    def _is_ready(self) -> bool:
+        """Whether nothing has happened to the cache since a step after which the next can be captured."""
+        if self._ready is None or self._ready[0] != self.past.seen:
+            return False
+        return _same(self._ready[1], self.past.pieces())
 
     def _forward(self) -> None:
         self.past.advance()
@@ -141,7 +148,7 @@ class GraphedDecoder:
             self._replay = record(self._forward, self.device)
         except RuntimeError as error:
             back()
-            self._ready = False
+            self._ready = None
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UnsupportedModelError(
@@ -157,9 +164,11 @@ class GraphedDecoder:
         return at
 
     def _require_still(self) -> None:
-        now = self.past.pieces()
-        same = len(now) == len(self._pieces) and all(a is b for a, b in zip(now, self._pieces, strict=True))
-        if not same or self._weights != self._weights_at():
+        if not _same(self._pieces, self.past.pieces()) or self._weights != self._weights_at():
             raise CacheUseError(
                 "the cache or the model has moved in memory since a step was captured: make a new decoder for it"
             )
+
+
+def _same(before: list[object], now: list[object]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))

@@ -159,7 +159,7 @@ class Standing(StandingCache):
 class StandingDense(StandingCache):
     """A filled `StaticCache`, which counts on the device by itself; Python's count starts from it and is kept here.
 
-    Raises `CacheUseError` for one that is empty or has layers with a sliding window.
+    Raises `CacheUseError` for one that is empty, was filled in inference mode or has layers with a sliding window.
     """
 
     def __init__(self, cache: StaticCache, new: int, device: torch.device) -> None:
@@ -168,6 +168,8 @@ class StandingDense(StandingCache):
             raise CacheUseError(f"the static cache has layers of {' and '.join(kinds)}, expected StaticLayer alone")
         if not all(layer.is_initialized for layer in cache.layers):
             raise CacheUseError("the static cache holds no tokens yet: run the prompt first")
+        if any(layer.keys.is_inference() for layer in cache.layers):
+            raise CacheUseError("the static cache was filled in inference mode, expected torch.no_grad()")
         self.cache, self.device = cache, device
         self.batch, self.room = cache.layers[0].keys.shape[0], cache.layers[0].max_cache_len
         self._seen = int(cache.get_seq_length())
