@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from kvcompress.cache import judged, reading
+from kvcompress.cache.group import Group
+from kvcompress.cache.padding import Padding
+from kvcompress.cache.storage import Meter
+from kvcompress.retention import FULL, Retention
 from tests.cache_tools import (
     FAMILIES,
     PLANS,
@@ -41,7 +45,7 @@ def test_cuda_agrees_with_the_oracle(family, plan, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("plan", ["all_full", "mixed", "no_sinks", "window_beyond_text"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "mistral"])
 def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan, dtype):
     """Without padding chunks of full heads need no mask, and bounded heads are read in larger blocks."""
@@ -55,6 +59,21 @@ def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan
         with torch.inference_mode(), compressor.attached(model):
             found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks).float()
         assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [Retention(4, 300), Retention(0, 64), Retention(7, 1), FULL])
+@pytest.mark.parametrize(("of_head", "size"), [(4, 128), (1, 80), (3, 64)])
+def test_cuda_reads_long_chunks_as_the_cpu_does(kept, of_head, size, dtype):
+    torch.manual_seed(0)
+    groups = [Group(kept, range(2), Meter()) for _ in range(2)]
+    how = reading.Reading(Padding(), None)
+    for new in (1000, 37, 2, 500):
+        query = torch.randn(2, 2, of_head, new, size).to(dtype)
+        keys, values = torch.randn(2, 2, 2, new, size).to(dtype)
+        expected = reading.read(groups[0], query.float(), keys.float(), values.float(), how)
+        found = reading.read(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
+        assert (found - expected).norm() / expected.norm() < 5e-3
 
 
 def test_cuda_generates_as_the_cpu_does():

@@ -3,7 +3,8 @@
 The query heads of a KV head are laid out as more query rows of it, so grouped-query attention needs no copy of K and V
 a query head. A decode step that finds every slot visible needs no mask. Longer inputs go block by block: a block sees
 what is held and itself, then it is stored and the ring forgets, so memory is bounded by a block times the capacity
-whatever the length of the input.
+whatever the length of the input. On a GPU, in half precision and without padding, flash attention knows both patterns
+and takes the input whole.
 
 Shapes here: query `[batch, kv_head, group, query, head_dim]`, new keys and values `[batch, kv_head, query, head_dim]`,
 result as query with the values' head size.
@@ -20,6 +21,7 @@ from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.spread import attend_spread, parts_for
+from kvcompress.cache.windowed import attend_windowed
 from kvcompress.retention import FULL, Retention
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
@@ -72,9 +74,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, 
 
 def needs_no_mask(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the device's flash attention knows causal attention of the last columns alone, and never makes a mask."""
-    return (
-        query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and keys.shape[-1] == values.shape[-1] <= 256
-    )
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and keys.shape[-1] == values.shape[-1] <= 256 and keys.shape[-1] % 8 == 0
 
 
 def attend_all(query: Tensor, keys: Tensor, values: Tensor, held: int, reading: Reading) -> Tensor:
@@ -124,6 +125,8 @@ def read(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Rea
         group.append(keys, values, padding)
         return attend_all(query, *((keys, values) if not held else group.read()), held, reading)
     # While the ring's writes are recorded, no two columns of one block may share a slot.
+    if _has_one_window(group, keys, reading) and needs_no_mask(query, keys, values):
+        return _windowed(group, query, keys, values, reading)
     step = LARGE_BLOCK if query.is_cuda and not padding.longest else BLOCK
     step = min(step, group.kept.window) if group.recording else step
     pieces = []
@@ -132,6 +135,23 @@ def read(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Rea
         block = query[:, :, :, begin:end], keys[:, :, begin:end], values[:, :, begin:end]
         pieces.append(_block(group, *block, reading))
     return torch.cat(pieces, dim=3)
+
+
+def _has_one_window(group: Group, keys: Tensor, reading: Reading) -> bool:
+    """Whether the next queries, beyond the sinks, see nothing but sinks and a window, the same in all rows."""
+    plain = reading.limit is None and reading.rotation is None and not reading.padding.longest and not reading.dropout
+    return plain and not group.recording and group.seen + keys.shape[2] > group.kept.sinks
+
+
+def _windowed(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+    """The columns that are sinks first, as a block, then all others at once."""
+    pieces, front = [], max(group.kept.sinks - group.seen, 0)
+    if front:
+        pieces.append(_block(group, query[:, :, :, :front], keys[:, :, :front], values[:, :, :front], reading))
+        query, keys, values = query[:, :, :, front:], keys[:, :, front:], values[:, :, front:]
+    pieces.append(attend_windowed(group, query, keys, values, reading.scale))
+    group.append(keys, values, reading.padding)
+    return torch.cat(pieces, dim=3) if front else pieces[0]
 
 
 def sees_all(group: Group, position: int, reading: Reading) -> bool:
