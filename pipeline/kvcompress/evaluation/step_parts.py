@@ -67,7 +67,7 @@ def ordinary_steps(model: PreTrainedModel, cache: Any, tokens: Tensor, count: in
 
 
 def steps_needed(rounds: int, steps: int) -> int:
-    """Tokens that `turns` appends to every cache."""
+    """Tokens that `compare_steps` appends to every cache."""
     return FIRST + (rounds + WARM_UP) * steps
 
 
