@@ -5,8 +5,23 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import judged
-from tests.cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, plan_for, real
+from kvcompress.cache import judged, reading
+from kvcompress.cache.group import Group
+from kvcompress.cache.padding import Padding
+from kvcompress.cache.storage import Meter
+from kvcompress.retention import FULL, Retention
+from tests.cache_tools import (
+    FAMILIES,
+    PLANS,
+    compressor_for,
+    feed,
+    inputs_for,
+    model_of,
+    padded,
+    plan_for,
+    real,
+    tokens,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTH = 33
@@ -27,6 +42,38 @@ def test_cuda_agrees_with_the_oracle(family, plan, dtype):
             cache = compressor.new_cache(model.config, prefill="streaming")
             found = real(feed(model, cache, ids, chunks, mask), mask).float()
         assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "mistral"])
+def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan, dtype):
+    """Without padding chunks of full heads need no mask, and bounded heads are read in larger blocks."""
+    monkeypatch.setattr(reading, "LARGE_BLOCK", 16)
+    model = copy.deepcopy(model_of(family)).to("cuda", dtype)
+    ids = tokens(2, 100).cuda()
+    with torch.inference_mode(), judged(model, plan_for(model, plan), "streaming"):
+        expected = model(ids, use_cache=False).logits.float()
+    compressor = compressor_for(model, plan)
+    for chunks in ([100], [40, 33, 1, 26]):
+        with torch.inference_mode(), compressor.attached(model):
+            found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks).float()
+        assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [Retention(4, 300), Retention(0, 64), Retention(7, 1), FULL])
+@pytest.mark.parametrize(("of_head", "size"), [(4, 128), (1, 80), (3, 64)])
+def test_cuda_reads_long_chunks_as_the_cpu_does(kept, of_head, size, dtype):
+    torch.manual_seed(0)
+    groups = [Group(kept, range(2), Meter()) for _ in range(2)]
+    how = reading.Reading(Padding(), None)
+    for new in (1000, 37, 2, 500):
+        query = torch.randn(2, 2, of_head, new, size).to(dtype)
+        keys, values = torch.randn(2, 2, 2, new, size).to(dtype)
+        expected = reading.read(groups[0], query.float(), keys.float(), values.float(), how)
+        found = reading.read(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
+        assert (found - expected).norm() / expected.norm() < 5e-3
 
 
 def test_cuda_generates_as_the_cpu_does():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import judged
+from kvcompress.cache import judged, reading
 from tests.cache_tools import (
     FAMILIES,
     PLANS,
@@ -122,3 +122,36 @@ def test_an_input_of_many_blocks_agrees_with_the_oracle():
         for chunks in ([model_length], [300, 1, 399], [520, 1]):
             found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks)
             assert (found - expected).abs().max() < 1e-5
+
+
+def slow_flash(query, keys, values, left, right, scale):
+    """What flash attention on a GPU gives: a bound as far away as there are keys is none."""
+    left, right = (-1 if bound >= keys.shape[1] else bound for bound in (left, right))
+    group = query.shape[2] // keys.shape[2]
+    keys, values = (tensor.repeat_interleave(group, dim=2) for tensor in (keys, values))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, keys) * (query.shape[3] ** -0.5 if scale is None else scale)
+    place = torch.arange(query.shape[1])[:, None] + keys.shape[1] - query.shape[1]
+    at = torch.arange(keys.shape[1])[None]
+    hidden = ((at > place + right) & (right >= 0)) | ((at < place - left) & (left >= 0))
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_chunks_that_need_no_mask_agree_with_the_oracle(monkeypatch, family, plan):
+    """As a GPU reads them: by an attention that knows where the last columns stand, and one that knows a window."""
+    used, windowed = [], []
+    monkeypatch.setattr(reading, "needs_no_mask", lambda *_: used.append(1) or True)
+    monkeypatch.setattr("kvcompress.cache.windowed.flash", lambda *a: windowed.append(1) or slow_flash(*a))
+    model, ids = model_of(family), tokens(2, LENGTH)
+    expected = oracle(model, plan, ids, None)
+    compressor = compressor_for(model, plan)
+    with compressor.attached(model):
+        for chunks in [*FEEDS.values(), [1, 2, 3, 5, 22], [3, 17, 2], [20, 13]]:
+            found = feed(model, compressor.new_cache(model.config, prefill="streaming"), ids, chunks)
+            assert (found - expected).abs().max() < 1e-5
+    held = any(not kept.pruned for layer in plan_for(model, plan) for kept in layer)
+    if held and family != "mistral":  # whose layers all have a window of their own
+        assert used
+        assert windowed or plan in ("all_full", "window_beyond_text")

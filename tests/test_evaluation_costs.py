@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from kvcompress.cache import fused
 from kvcompress.cache.decode import Tuning
 from kvcompress.errors import InputError
-from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost
+from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost
 from kvcompress.evaluation.decode_steps import plan_of
 from tests.cache_tools import model_of
 
@@ -124,3 +125,62 @@ def test_kernel_cost_compares_three_ways_to_read(monkeypatch, tmp_path):
     assert [cost["shape"] for cost in costs] == [shape.name for shape in shapes]
     assert all(cost["kernel_error"] < 5e-3 for cost in costs)
     assert costs[0]["kept_megabytes"] == 2 * 2 * 2 * 64 * (300 + 3 * 132) / 1e6
+
+
+def test_step_cost_measures_its_parts(tmp_path):
+    """Tiny on a CPU, where steps are not captured."""
+    output = tmp_path / "cost.json"
+    options = ["--tiny", "--device", "cpu", "--rounds", "2", "--steps", "3", "--output", str(output)]
+    done = run(step_cost.app, options)
+    assert done.exit_code == 0, done.output
+    result = json.loads(output.read_text())
+    names = ["full, StaticCache", "full", "full, DynamicCache eager", "plan", "plan, eager"]
+    assert [cost["contender"] for cost in result["step"]["costs"]] == names
+    for cost in [*result["step"]["costs"], *result["growth"]["costs"]]:
+        assert cost["limit_ms"] > 0
+        assert cost["ms"] > 0
+        assert not cost["captured"]
+    assert all(len(cost["faster_than"]) == 4 for cost in result["step"]["costs"])
+    cells = [(cost["context"], cost["batch"], cost["contender"]) for cost in result["growth"]["costs"]]
+    assert cells == [(c, b, name) for c in (64, 80) for b in (1, 2) for name in ("full", "plan")]
+    assert 0 < result["batch"]["full"] < 0.5 * result["batch"]["plan"]
+    assert 0.8 < result["memory"]["saved_of_predicted"] < 1.2
+
+
+def test_step_cost_ends_with_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        ([], "there is no CUDA device"),
+        (["--part", "time"], "part is 'time', expected one of step, memory"),
+        (["--tiny", "--device", "cpu", "--steps", "90"], "is shorter than the"),
+        (["--tiny", "--device", "cpu", "--share", "0.01", "--part", "memory"], "slots a head"),
+    ):
+        done = run(step_cost.app, arguments)
+        assert done.exit_code == 1
+        assert message in done.output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_step_cost_captures_its_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr(fused, "FUSED", True)
+    output = tmp_path / "cost.json"
+    options = ["--tiny", "--rounds", "2", "--steps", "3", "--output", str(output), "--part", "step", "--part", "growth"]
+    done = run(step_cost.app, options)
+    assert done.exit_code == 0, done.output
+    result = json.loads(output.read_text())
+    assert [cost["captured"] for cost in result["step"]["costs"]] == [True, True, False, True, False]
+    assert all(cost["captured"] for cost in result["growth"]["costs"])
+
+
+def test_prefill_cost_compares_the_ways_to_read_a_prompt(tmp_path):
+    output = tmp_path / "cost.json"
+    options = ["--tiny", "--device", "cpu", "--tokens", "60", "--chunk", "25", "--rounds", "1", "--output", str(output)]
+    done = run(prefill_cost.app, options)
+    assert done.exit_code == 0, done.output
+    costs = json.loads(output.read_text())["costs"]
+    assert [cost["contender"] for cost in costs] == ["dense", "exact", "streaming", "streaming, chunks of 25"]
+    assert all(cost["ms"] > 0 for cost in costs)
+    assert all(cost["cache_mb"] < 0.4 * costs[0]["cache_mb"] for cost in costs[1:])
+    refused = run(prefill_cost.app, ["--tiny", "--device", "cpu", "--share", "0.01", "--tokens", "60"])
+    assert refused.exit_code == 1
+    assert "slots a head" in refused.stderr

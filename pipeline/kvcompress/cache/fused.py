@@ -27,6 +27,12 @@ class Desk:
     seen: Tensor  # int32 [1]
     written: int
     scratch: Scratch | None = None
+    appended: int = 0  # launches that stored their own column
+
+    def advance(self) -> None:
+        """Count one more column where the count is kept, so that a captured step goes on counting by itself."""
+        self.seen.add_(1)
+        self.written += 1
 
 
 class Heads:
@@ -77,7 +83,7 @@ class Fused:
 
         `new` is that key and its value, `[batch, kv_head, 1, head_dim]`, where the groups have only made room for it.
         """
-        desk = self._desk(query.device, seen)
+        desk = self.desk(query.device, seen)
         pads = None if all(group.settled(reading.padding) for group in groups) else reading.padding.on(query.device)
         values = groups[0].block.tensors[1]
         out, desk.scratch = decode(
@@ -90,9 +96,11 @@ class Fused:
             desk.scratch,
             new=None if new is None else (new[0].squeeze(2), new[1].squeeze(2)),
         )
+        desk.appended += new is not None
         return out.view(*query.shape[:-1], values.shape[3])
 
-    def _desk(self, device: torch.device, seen: int) -> Desk:
+    def desk(self, device: torch.device, seen: int) -> Desk:
+        """The desk of a device, which there counts `seen` columns."""
         desk = self._desks.get(device)
         if desk is None:
             with torch.inference_mode(False):  # made in inference mode, it could be written nowhere else

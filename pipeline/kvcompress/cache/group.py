@@ -105,9 +105,19 @@ class Group:
 
     def make_room(self, keys: Tensor, values: Tensor) -> None:
         """Count one more column, like these, without storing it: who calls this does, where the group `takes_plainly`."""
-        self._forget_log()
         self._reserve(self.seen + 1, keys, values)
-        self.seen += 1
+        self.count()
+
+    def count(self, columns: int = 1) -> None:
+        """Count columns that someone else stores, or has stored, where there is room for them."""
+        self._forget_log()
+        self.seen += columns
+
+    def reserve(self, columns: int) -> None:
+        """Make room for `columns` columns in all, so that the block does not move before; contents stay."""
+        slots = self.kept.held(columns)
+        if self.block.tensors and slots > self.block.slots:
+            self.block.reserve(slots, *self.block.tensors)
 
     def replace(self, keys: Tensor, values: Tensor, spare: int) -> None:
         """Hold just these keys and values of an unbounded group, in the block there is if it is at most `spare` slots

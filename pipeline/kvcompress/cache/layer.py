@@ -95,6 +95,17 @@ class CompressedLayer(CacheLayerMixin):
         """Bytes of K and V that this layer holds now: the size of the real storage."""
         return sum(group.nbytes for group in self.groups)
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all (columns, where the batch is padded)."""
+        for group in self.groups:
+            group.reserve(tokens)
+
+    def count(self, columns: int = 1) -> None:
+        """Count columns that someone else stores, or has stored, in every group."""
+        for group in self.groups:
+            group.count(columns)
+        self.seen += columns
+
     def held(self) -> list[int]:
         """Tokens held by every KV head (columns, where the batch is padded)."""
         held = [0] * self.heads

@@ -6,6 +6,9 @@ the cache except the lengths the cache reports. So the cache reports a length th
 (`MaskLength`), and the mask function writes down there what it was given.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,16 @@ class Padding:
     def __init__(self) -> None:
         self.columns: Tensor | None = None
         self.longest = 0
+        self._known = False
+
+    @contextmanager
+    def known(self) -> Iterator[None]:
+        """Here a pass without a mask goes on with the padding noted before: new columns are real tokens in all rows."""
+        self._known = True
+        try:
+            yield
+        finally:
+            self._known = False
 
     def note(self, mask: Tensor | None, seen: int, new: int) -> None:
         """Take the 2-D attention mask of a forward pass, bool `[batch, seen + new]`, True at real tokens.
@@ -26,7 +39,7 @@ class Padding:
         one: each of them would shift positions or make a pad token a sink.
         """
         if mask is None:
-            if self.columns is not None:
+            if self.columns is not None and not self._known:
                 raise CacheUseError(
                     "this cache was filled with left padding and now got no attention_mask, expected one over all"
                     f" {seen + new} columns"
@@ -44,6 +57,8 @@ class Padding:
         pads = (~mask).sum(-1)
         before = torch.zeros_like(pads) if self.columns is None else self.columns.to(pads.device)
         # A row that has not begun yet (nothing but padding so far) may go on with padding; the others are settled.
+        if seen and bool((pads == before).all()):
+            return  # the same tensor stays: a captured step may read it
         if seen and bool(torch.where(before == seen, pads < seen, pads != before).any()):
             raise CacheUseError("the attention_mask disagrees with the padding that this cache was filled with")
         self.set(pads)

@@ -16,6 +16,7 @@ from kvcompress.cache.fused import Heads
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.reading import Reading, attend_all, read
+from kvcompress.errors import CacheUseError
 from kvcompress.retention import FULL, Retention
 
 # Which KV heads of a layer: a slice where they are neighbours, so that taking them copies nothing.
@@ -82,6 +83,13 @@ class RaggedLayer(CompressedLayer):
             group.seen = first
         self._store(keys, values)
         self.seen, self._in_prompt = first + keys.shape[2], False
+
+    def reserve(self, tokens: int) -> None:
+        if self._in_prompt:
+            raise CacheUseError(
+                f"reserve: {self.seen} tokens of the prompt were seen, room can be made once it is complete"
+            )
+        super().reserve(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -69,6 +69,17 @@ class RaggedCache(Cache):
         like = self.compressed_layers[0].like
         return -1 if like is None else like[0]
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all: until as many are seen no storage grows or moves.
+
+        Heads without a bound take that many slots, bounded heads no more than their capacity; `nbytes` counts them at
+        once. Raises `CacheUseError` before the prompt is complete, because only then what will be held has a shape.
+        """
+        if not self.seen:
+            raise CacheUseError("reserve: no token was seen yet, room can be made once the prompt is in the cache")
+        for layer in self.compressed_layers:
+            layer.reserve(tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to crop to.
 

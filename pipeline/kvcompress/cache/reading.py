@@ -3,7 +3,8 @@
 The query heads of a KV head are laid out as more query rows of it, so grouped-query attention needs no copy of K and V
 a query head. A decode step that finds every slot visible needs no mask. Longer inputs go block by block: a block sees
 what is held and itself, then it is stored and the ring forgets, so memory is bounded by a block times the capacity
-whatever the length of the input.
+whatever the length of the input. On a GPU, in half precision and without padding, flash attention knows both patterns
+and takes the input whole.
 
 Shapes here: query `[batch, kv_head, group, query, head_dim]`, new keys and values `[batch, kv_head, query, head_dim]`,
 result as query with the values' head size.
@@ -13,15 +14,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.spread import attend_spread, parts_for
+from kvcompress.cache.windowed import attend_windowed
 from kvcompress.retention import FULL, Retention
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
+LARGE_BLOCK = 1024  # on a GPU, where a block is some thirty launches, and one mask serves all rows of the batch
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, 
     return out.view(batch, heads, group, new, -1)
 
 
+def needs_no_mask(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the device's flash attention knows causal attention of the last columns alone, and never makes a mask."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and keys.shape[-1] == values.shape[-1] <= 256 and keys.shape[-1] % 8 == 0
+
+
 def attend_all(query: Tensor, keys: Tensor, values: Tensor, held: int, reading: Reading) -> Tensor:
     """Causal attention of the last columns of `keys`, `[batch, kv_head, held + query, head_dim]` in text order."""
     batch, heads, group, new, size = query.shape
@@ -79,6 +89,17 @@ def attend_all(query: Tensor, keys: Tensor, values: Tensor, held: int, reading: 
             dropout_p=reading.dropout,
             scale=reading.scale,
             is_causal=True,
+            enable_gqa=group > 1,
+        )
+        return out.view(batch, heads, group, new, -1)
+    if not reading.padding.longest and reading.limit is None and needs_no_mask(query, keys, values):
+        out = scaled_dot_product_attention(
+            query.reshape(batch, heads * group, new, size),
+            keys,
+            values,
+            attn_mask=causal_lower_right(new, held + new),
+            dropout_p=reading.dropout,
+            scale=reading.scale,
             enable_gqa=group > 1,
         )
         return out.view(batch, heads, group, new, -1)
@@ -104,13 +125,33 @@ def read(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Rea
         group.append(keys, values, padding)
         return attend_all(query, *((keys, values) if not held else group.read()), held, reading)
     # While the ring's writes are recorded, no two columns of one block may share a slot.
-    step = min(BLOCK, group.kept.window) if group.recording else BLOCK
+    if _has_one_window(group, keys, reading) and needs_no_mask(query, keys, values):
+        return _windowed(group, query, keys, values, reading)
+    step = LARGE_BLOCK if query.is_cuda and not padding.longest else BLOCK
+    step = min(step, group.kept.window) if group.recording else step
     pieces = []
     for begin in range(0, new, step):
         end = min(begin + step, new)
         block = query[:, :, :, begin:end], keys[:, :, begin:end], values[:, :, begin:end]
         pieces.append(_block(group, *block, reading))
     return torch.cat(pieces, dim=3)
+
+
+def _has_one_window(group: Group, keys: Tensor, reading: Reading) -> bool:
+    """Whether the next queries, beyond the sinks, see nothing but sinks and a window, the same in all rows."""
+    plain = reading.limit is None and reading.rotation is None and not reading.padding.longest and not reading.dropout
+    return plain and not group.recording and group.seen + keys.shape[2] > group.kept.sinks
+
+
+def _windowed(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+    """The columns that are sinks first, as a block, then all others at once."""
+    pieces, front = [], max(group.kept.sinks - group.seen, 0)
+    if front:
+        pieces.append(_block(group, query[:, :, :, :front], keys[:, :, :front], values[:, :, :front], reading))
+        query, keys, values = query[:, :, :, front:], keys[:, :, front:], values[:, :, front:]
+    pieces.append(attend_windowed(group, query, keys, values, reading.scale))
+    group.append(keys, values, reading.padding)
+    return torch.cat(pieces, dim=3) if front else pieces[0]
 
 
 def sees_all(group: Group, position: int, reading: Reading) -> bool:

@@ -58,6 +58,11 @@ class SelectingLayer(CompressedLayer):
         keys, values = (held.gather(2, slots[..., None].expand(-1, -1, -1, held.shape[-1])) for held in (keys, values))
         self._block.replace(keys, values, spare=LARGEST_STEP)
 
+    def reserve(self, tokens: int) -> None:
+        raise CacheUseError(
+            "reserve: what is chosen by content is stored anew with every pass, no room can be kept for it"
+        )
+
     def can_crop(self, tokens: int) -> bool:
         return tokens == 0 or self.seen == self._block.seen  # once a key has been chosen away it cannot come back
 
