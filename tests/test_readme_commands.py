@@ -21,7 +21,7 @@ from kvcompress.cli.main import app as kvcompress
 from kvcompress.params.base import SectionParams
 from tests.project import ROOT, copy_project, run
 from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, program, unknown_flags
-from tests.test_pipeline import STAGES
+from tests.stage_files import STAGES
 
 PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
