@@ -1,9 +1,7 @@
 """The pipeline as DVC sees it: what a stage declares is what it uses, and a threshold reruns only what depends on it."""
 
 import ast
-import importlib
 import json
-import pkgutil
 import re
 import subprocess
 from functools import reduce
@@ -14,23 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import kvcompress.params
-from kvcompress.params.base import SectionParams
+from tests.param_sections import CLASSES
 from tests.project import ROOT, copy_project, run
 from tests.stage_files import STAGES, import_closure, script
 
+BY_CLASS = {one.__name__: name for name, one in CLASSES.items()}
 TIMED = re.compile("ablat|benchmark|(compare|plot)_plans|report")  # stages whose results hold seconds, or read those
-
-
-def sections(base: type[SectionParams] = SectionParams) -> dict[str, str]:
-    """Every class that is a section of params.yaml -> the section's name."""
-    found = {base.__name__: base.section} if "section" in vars(base) else {}
-    return reduce(lambda known, each: known | sections(each), base.__subclasses__(), found)
-
-
-for module in pkgutil.iter_modules(kvcompress.params.__path__):
-    importlib.import_module(f"kvcompress.params.{module.name}")
-BY_CLASS = sections()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,6 +1,6 @@
-"""Every command that a README shows or names exists, with every flag, dial and target it is given; nothing long is run.
+"""Every command that a README or a help text shows exists, with every flag, dial and target it is given; nothing long runs.
 
-What runs on a tiny model is run as written by `tests/test_readme_runs.py`.
+What a tiny model can stand for is run as written by `tests/test_readme_runs.py`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from kvcompress.cli.main import app as kvcompress
-from kvcompress.params.base import SectionParams
+from tests.param_sections import CLASSES
 from tests.project import ROOT, copy_project, run
 from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, program, unknown_flags
 from tests.stage_files import STAGES
@@ -26,13 +26,11 @@ from tests.stage_files import STAGES
 PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 COMMANDS = sorted({shlex.join(words) for text in TEXTS.values() for words in commands(text)})
+HELP = sorted(
+    {shlex.join(words) for one in kvcompress.registered_commands for words in mentioned(one.callback.__doc__)}
+)
 MENTIONED = sorted({shlex.join(words) for text in TEXTS.values() for words in mentioned(text)} - set(COMMANDS))
 NAMES_OF_TOOLS = {"dvc metrics", "dvc plots", "dvc exp"}  # in prose, a group of commands
-
-
-def sections(base: type[SectionParams] = SectionParams) -> dict[str, type[SectionParams]]:
-    found = {base.section: base} if "section" in vars(base) else {}
-    return reduce(lambda known, each: known | sections(each), base.__subclasses__(), found)
 
 
 def check_python(words: list[str], complete: bool) -> None:
@@ -78,7 +76,7 @@ def check_params(dials: dict[str, str]) -> None:
         assert last in block, f"params.yaml has no {name}"
         block[last] = yaml.safe_load(text)
     for section in {name.split(".")[0] for name in dials}:
-        sections()[section].model_validate(params[section])
+        CLASSES[section].model_validate(params[section])
 
 
 def check_make(words: list[str], complete: bool) -> None:
@@ -107,6 +105,7 @@ CHECKS = {
 def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) > 30
     assert len(MENTIONED) > 10
+    assert len(HELP) >= len(kvcompress.registered_commands)
     others = [block for text in TEXTS.values() for block in indented_blocks(text) if not is_shell(block)]
     assert all(block.startswith("stages/") for block in others), others  # the two trees of files
 
@@ -138,7 +137,7 @@ def in_one_process(folder: Path, lines: list[str]) -> list[str]:
     return run(folder, sys.executable, "-c", code, words).stdout.split("=" * 9)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + HELP)
 def test_a_command_is_complete_and_right(command: str) -> None:
     words = shlex.split(command)
     CHECKS[words[0]](words, True)
