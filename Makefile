@@ -6,14 +6,14 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help repro test setup lock deps wheel-test plots-page clean
 help:
-	@echo "make repro   set up .venv, then run every stage that is not up to date (dvc repro)"
-	@echo "make test    set up .venv, then lint, type check and test"
-	@echo "make setup   only set up .venv from requirements.lock"
-	@echo "make lock    write requirements.lock anew from pyproject.toml"
-	@echo "make deps    write into dvc.yaml what every stage imports"
+	@echo "make repro       set up .venv, then run every stage that is not up to date (dvc repro)"
+	@echo "make test        set up .venv, then lint, type check and test"
+	@echo "make setup       only set up .venv from requirements.lock"
+	@echo "make lock        write requirements.lock anew from pyproject.toml"
+	@echo "make deps        write into dvc.yaml what every stage imports"
 	@echo "make wheel-test  build the wheel, install it into an empty environment, and use it there (needs the package index)"
 	@echo "make plots-page  write .dvc/plots/page.html anew, in which dvc plots works without a network (needs npm)"
-	@echo "make clean   remove .venv and tool caches (results stay)"
+	@echo "make clean       remove .venv and tool caches (results stay)"
 
 repro: setup
 	@echo "== dvc repro: running the stages that are not up to date"
