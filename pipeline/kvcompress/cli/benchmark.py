@@ -53,7 +53,9 @@ def benchmark(
     num_samples: Annotated[int | None, typer.Option(help="Prompts [default: 2].")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt [default: 1024].")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded after each prompt [default: 64].")] = None,
-    share: Annotated[float | None, typer.Option(help="What baselines keep of a prompt [default: 0.25].")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="What baselines keep of a prompt [default: as the first plan, else 0.25].")
+    ] = None,
     growth: Annotated[bool, typer.Option("--growth", help="Time decode steps at growing context too.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the whole result as JSON.")] = None,
     device: Device = "auto",
@@ -64,6 +66,8 @@ def benchmark(
     as_json: AsJson = False,
 ) -> None:
     """Time to first token, decoding, compression, bytes, perplexity and accuracy of methods that take turns.
+
+    Baselines keep as many slots as the first plan does after the prompt, so that methods meet at equal bytes.
 
     Example: `kvcompress benchmark HuggingFaceTB/SmolLM2-135M --plan plan.json --max-tokens 2048`
 
@@ -81,10 +85,13 @@ def benchmark(
     from kvcompress.evaluation.entrants import entrants_for, require_known
     from kvcompress.params.base import override
     from kvcompress.params.benchmark import BenchmarkParams
+    from kvcompress.plan import RetentionPlan
 
     require_known(methods)
     amounts = {"num_samples": num_samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "share": share}
     settings = override(BenchmarkParams(), **amounts)
+    if plan and share is None:  # compare at equal bytes: a plan's share depends on the prompt's length
+        settings = override(settings, share=RetentionPlan.load(plan[0]).share(settings.max_tokens))
     loaded, tokenizer, record = open_model(params)
     require_fit(settings, record.max_context, record.id, growth)
     entrants = entrants_for(methods, loaded.config, settings, classifications_path, plan or ())
