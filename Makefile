@@ -4,14 +4,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro test setup lock plots-page clean
+.PHONY: help repro test setup lock deps wheel-test plots-page clean
 help:
-	@echo "make repro   set up .venv, then run every stage that is not up to date (dvc repro)"
-	@echo "make test    set up .venv, then lint, type check and test"
-	@echo "make setup   only set up .venv from requirements.lock"
-	@echo "make lock    write requirements.lock anew from pyproject.toml"
+	@echo "make repro       set up .venv, then run every stage that is not up to date (dvc repro)"
+	@echo "make test        set up .venv, then lint, type check and test"
+	@echo "make setup       only set up .venv from requirements.lock"
+	@echo "make lock        write requirements.lock anew from pyproject.toml"
+	@echo "make deps        write into dvc.yaml what every stage imports"
+	@echo "make wheel-test  build the wheel, install it into an empty environment, and use it there (needs the package index)"
 	@echo "make plots-page  write .dvc/plots/page.html anew, in which dvc plots works without a network (needs npm)"
-	@echo "make clean   remove .venv and tool caches (results stay)"
+	@echo "make clean       remove .venv and tool caches (results stay)"
 
 repro: setup
 	@echo "== dvc repro: running the stages that are not up to date"
@@ -48,6 +50,12 @@ lock:
 	  { echo "# Made by 'make lock': what the pipeline and its tests were run with."; \
 	    $$scratch/bin/pip freeze --exclude kvcompress | sed -E 's/^torch==([0-9.]+).*/torch==\1/'; } > requirements.lock; \
 	  rm -rf $$scratch build; head -1 requirements.lock
+
+deps: setup
+	@python -m tests.write_deps
+
+wheel-test: setup
+	@python -m tests.wheel_trial
 
 plots-page:
 	@scratch=$$(mktemp -d) && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $$scratch \

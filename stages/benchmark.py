@@ -1,22 +1,18 @@
 """Speed, memory and quality of methods on one run. Run: python -m stages.benchmark --compare-all"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from kvcompress.artifacts import write_json
 from kvcompress.corpora import load_texts
-from kvcompress.errors import InputError
-from kvcompress.evaluation.benchmark import run_benchmark, samples_of
-from kvcompress.evaluation.benchmark_report import GROWTH, QUALITY, SPEED, growth_words, origin, terminal
-from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
-from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
+from kvcompress.evaluation.benchmark_report import show
+from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
+from kvcompress.evaluation.benchmark_rows import metrics
 from kvcompress.evaluation.entrants import entrants_for, require_known
-from kvcompress.evaluation.environment import environment
-from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
-from kvcompress.models import input_device, load_model
+from kvcompress.models import load_model
 from kvcompress.params.base import load_section
 from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.plan import plans_of
@@ -60,15 +56,8 @@ def main(
     )
     loading = model_params(params, model_id, bf16, device)
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
-    length = settings.max_tokens + settings.max_new_tokens
-    if length > record.max_context:
-        raise InputError(
-            f"benchmark.max_tokens + max_new_tokens is {length}, "
-            f"but the context of {record.id} ends at {record.max_context}"
-        )
     growing = growth and HEAD_AWARE in methods and bool(settings.growth_contexts)
-    if growing:
-        require_room(settings, record.max_context, record.id)
+    require_fit(settings, record.max_context, record.id, growing)
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
     paths, classes = list(plan or ()), classifications_path
@@ -76,27 +65,12 @@ def main(
         classes = data_dir / "refined_classifications.json"
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
     entrants = entrants_for(methods, model.config, settings, classes, paths)
-    samples = samples_of(tokenizer, texts, settings)
-    records = run_benchmark(model, samples, entrants, settings)
-    weights = sum(weight.nbytes for weight in model.parameters())
-    bandwidth = copy_bandwidth(input_device(model))
-    plans = {entrant.name: entrant.plan for entrant in entrants if entrant.plan}
-    result: dict[str, Any] = {"model": record.id, "environment": environment(model), "settings": settings.model_dump()}
-    result |= {"samples": [name for name, _ in samples], "rows": benchmark_rows(entrants, records, weights)}
-    result |= {"weight_bytes": weight_bytes(model), "copy_bytes_per_s": round(bandwidth)}
-    result |= {"growth": decode_growth(model, plans, settings, bandwidth) if growing else []}
-    result |= {"process_peak_bytes": process_peak_bytes()}
+    result = benchmark_result(model, tokenizer, record.id, texts, entrants, settings, growing)
     if output:
         write_json(output, result)
     if metrics_file:
         write_json(metrics_file, metrics(result["rows"]))
-    console = Console()
-    console.print(origin(result), highlight=False)
-    for columns in (SPEED, QUALITY):
-        console.print(terminal(columns, result["rows"]))
-    if growing:
-        console.print(growth_words(result), highlight=False)
-        console.print(terminal(GROWTH, result["growth"]))
+    show(result, Console())
 
 
 if __name__ == "__main__":

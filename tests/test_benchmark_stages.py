@@ -152,5 +152,5 @@ def test_a_page_needs_results(project: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_pipeline_runs_every_method_once() -> None:
     text = (Path(__file__).parents[1] / "dvc.yaml").read_text()
-    commands = re.findall(r"python -m stages\.benchmark ((?:--method \w+ ?)+)", text)
+    commands = re.findall(r"python -m stages\.benchmark ((?:--method \w+\s*)+)", text)
     assert [command.split()[1::2] for command in commands] == [list(BASELINES), ["head_aware"]]

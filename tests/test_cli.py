@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kvcompress.cli.main import app
 from kvcompress.errors import KVCompressError
+from kvcompress.params.benchmark import BASELINES
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 from tests.project import ROOT
@@ -54,7 +55,7 @@ def test_the_program_ends_with_a_sentence_and_a_code(folder: Path) -> None:
 
 
 def test_help_names_every_command_with_an_example(folder: Path) -> None:
-    commands = ("analyze", "plan", "generate", "evaluate", "show")
+    commands = ("analyze", "plan", "generate", "evaluate", "benchmark", "show")
     overview = kvcompress(folder, "--help")
     assert all(f" {name} " in overview for name in commands)
     for name in commands:
@@ -126,6 +127,26 @@ def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
     assert result["rows"][1]["rival"]["bytes"] == pytest.approx(1, abs=0.01)
 
 
+def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
+    flags = ["benchmark", "tiny", "-t", "unseen.txt", "--max-tokens", "160"]
+    flags += ["--max-new-tokens", "5", "--num-samples", "1"]
+    result = json.loads(kvcompress(folder, *flags, "--plan", "plan.json", "--json", "-o", "speed.json"))
+    assert result == json.loads((folder / "speed.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["full", *BASELINES, "head_aware plan"]
+    assert (result["model"], result["samples"], result["growth"]) == ("tiny", ["unseen"], [])
+    assert result["rows"][-1]["bytes_mean"] < result["rows"][0]["bytes_mean"]
+    assert result["settings"]["share"] == RetentionPlan.load(folder / "plan.json").share(160)
+    one = [*flags, "--method", "recent_only", "--share", "0.5", "--json"]
+    assert [row["settings"] for row in json.loads(kvcompress(folder, *one))["rows"]][1:] == ["window of 80"]
+    both = json.loads(kvcompress(folder, *one, "--plan", "plan.json"))
+    assert [row["name"] for row in both["rows"]] == ["full", "recent_only", "head_aware plan"]
+    kvcompress(folder, "analyze", "tiny", "-t", "seen.txt", "--max-tokens", "200", "--output-dir", "classes")
+    classes = ("--classifications-path", "classes/refined_classifications.json")
+    shown = kvcompress(folder, *flags, "--compare-all", *classes)
+    assert all(f" {name} " in shown for name in ("full", *BASELINES, "head_aware"))
+    assert "1 prompts of 160 tokens from unseen" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -136,6 +157,12 @@ def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
         (["generate", "tiny"], "there is no prompt"),
         (["generate", "tiny", "x", "--plan", "missing.json"], "missing.json"),
         (["generate", "tiny", "x", "--prefill", "magic"], "--prefill is 'magic'"),
+        (["benchmark", "tiny", "--compare-all"], "head_aware needs --plan or --classifications-path"),
+        (["benchmark", "tiny", "--method", "h2o"], "--method is 'h2o', expected one of full, l2_compress"),
+        (["benchmark", "tiny", "--max-new-tokens", "2"], "command line: max_new_tokens"),
+        (["benchmark", "tiny", "--max-tokens", "500"], "is 564, but the context of tiny ends at 512"),
+        (["benchmark", "tiny", "--max-tokens", "40", "--plan", "missing.json"], "missing.json"),
+        (["benchmark", "tiny", "--max-tokens", "40", "--growth"], "growth_contexts has 2048"),
         (["show", "tiny/config.json"], "holds no classes, statistics or plan"),
         (["show", "plan.json", "--context", "64", "--field", "nonsense"], None),
     ],

@@ -7,14 +7,13 @@ import pytest
 from kvcompress.errors import InputError
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
-from kvcompress.params.base import SECTIONS, SectionParams, load_section
+from kvcompress.params.base import SECTIONS, load_section
 from kvcompress.params.collect import CollectParams
 from kvcompress.params.corpus import CorpusParams
 from kvcompress.params.model import ModelParams
 from kvcompress.params.plots import PlotParams
+from tests.param_sections import CLASSES
 
-# every section's class, by the name it has in params.yaml
-CLASSES = {one.section: one for one in SectionParams.__subclasses__() if one.__module__.startswith("kvcompress.")}
 DEFAULT = Path(__file__).parents[1] / "params.yaml"
 
 

@@ -1,9 +1,7 @@
 """The pipeline as DVC sees it: what a stage declares is what it uses, and a threshold reruns only what depends on it."""
 
 import ast
-import importlib
 import json
-import pkgutil
 import re
 import subprocess
 from functools import reduce
@@ -14,62 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import kvcompress.params
-from kvcompress.params.base import SectionParams
+from tests.param_sections import CLASSES
 from tests.project import ROOT, copy_project, run
+from tests.stage_files import STAGES, import_closure, script
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+BY_CLASS = {one.__name__: name for name, one in CLASSES.items()}
 TIMED = re.compile("ablat|benchmark|(compare|plot)_plans|report")  # stages whose results hold seconds, or read those
-
-
-def sections(base: type[SectionParams] = SectionParams) -> dict[str, str]:
-    """Every class that is a section of params.yaml -> the section's name."""
-    found = {base.__name__: base.section} if "section" in vars(base) else {}
-    return reduce(lambda known, each: known | sections(each), base.__subclasses__(), found)
-
-
-for module in pkgutil.iter_modules(kvcompress.params.__path__):
-    importlib.import_module(f"kvcompress.params.{module.name}")
-BY_CLASS = sections()
-
-
-def script(stage: str) -> Path:
-    (module,) = set(re.findall(r"python -m stages\.(\w+)", STAGES[stage]["cmd"]))
-    return ROOT / "stages" / f"{module}.py"
-
-
-def imported_files(path: Path) -> set[Path]:
-    """Project files that a file imports directly, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for module in modules:
-            parts = module.split(".")
-            for base in (ROOT, ROOT / "pipeline"):
-                for depth in range(1, len(parts) + 1):
-                    place = base.joinpath(*parts[:depth])
-                    files = (place.with_suffix(".py"), place / "__init__.py", place / "__init__.pyi")
-                    found |= {file for file in files if file.is_file()}
-            stub = ROOT / "pipeline" / Path(*parts[:-1]) / "__init__.pyi"
-            if stub.is_file():  # a name that the package loads when it is used
-                of_name = re.search(rf"^from \.(\w+) import {parts[-1]} as", stub.read_text(), re.M)
-                found |= {stub.with_name(f"{of_name[1]}.py")} if of_name else set()
-    return found
-
-
-def import_closure(path: Path) -> set[Path]:
-    closure, todo = set(), {path, ROOT / "stages/__init__.py"}
-    while todo:
-        file = todo.pop()
-        closure.add(file)
-        if file.suffix == ".py":  # a stub names what a package can load, not what it does load
-            todo |= imported_files(file) - closure
-    return closure
 
 
 @pytest.mark.parametrize("stage", STAGES)

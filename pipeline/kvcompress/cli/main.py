@@ -6,6 +6,7 @@ import typer
 
 from kvcompress import __version__
 from kvcompress.cli.analyze import analyze
+from kvcompress.cli.benchmark import benchmark
 from kvcompress.cli.evaluate import evaluate
 from kvcompress.cli.generate import generate
 from kvcompress.cli.plan import plan
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (analyze, plan, generate, evaluate, show):
+for command in (analyze, plan, generate, evaluate, benchmark, show):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -107,3 +108,13 @@ def report(results: Sequence[Row]) -> str:
         if result["growth"]:
             lines += [growth_words(result), "", *markdown(GROWTH, result["growth"]), ""]
     return "\n".join(lines)
+
+
+def show(result: Row, console: Console) -> None:
+    """What was run and its tables, on a terminal."""
+    console.print(origin(result), highlight=False)
+    for columns in (SPEED, QUALITY):
+        console.print(terminal(columns, result["rows"]))
+    if result["growth"]:
+        console.print(growth_words(result), highlight=False)
+        console.print(terminal(GROWTH, result["growth"]))
