@@ -95,7 +95,9 @@ def test_steps_have_the_logits_of_ordinary_passes(way, family, plan, pads, dtype
         with torch.inference_mode():
             other = compressor.new_cache(model.config, "streaming")
             expected = feed(model, other, ids, [prompt, 1], mask)[:, prompt:]
-    assert decoder.captured == (way != "as it is")
+    head_bytes = model.config.hidden_size // model.config.num_attention_heads * dtype.itemsize
+    served = way == "stand-in" or (way == "cuda" and head_bytes % 16 == 0)
+    assert decoder.captured == served
     assert cache.held() == other.held()
     assert [cache.layers[0].positions(row) for row in range(3)] == [other.layers[0].positions(row) for row in range(3)]
     found = torch.stack(found, dim=1)
