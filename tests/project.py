@@ -1,10 +1,14 @@
 """A copy of the project in a temporary folder, with a tiny local model and short texts in its params.yaml."""
 
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -72,3 +76,21 @@ def run(folder: Path, *command: str, check: bool = True) -> subprocess.Completed
 
 def stage(folder: Path, name: str, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return run(folder, sys.executable, "-m", f"stages.{name}", *flags, check=check)
+
+
+def stage_here(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """As `stage`, by this checkout's code and within this process: seconds less, for what ends before the real work."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    script = str(ROOT / "stages" / f"{name}.py")
+    with (
+        chdir(folder),
+        patch.object(sys, "argv", [script, *flags]),
+        patch.dict(os.environ, {"COLUMNS": "200", "NO_COLOR": "1"}),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())

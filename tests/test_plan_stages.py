@@ -16,7 +16,7 @@ from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
 from kvcompress.heads import load_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
-from tests.project import copy_project, stage
+from tests.project import copy_project, stage, stage_here
 from tests.tiny import CONFIGS
 
 ANALYSIS = ("prepare", "collect_attention", "compute_stats", "classify", "reclassify --reclassify --output-dir data")
@@ -96,7 +96,7 @@ def test_prices_stand_beside_classes(project: Path) -> None:
 )
 def test_what_is_wrong_is_said_in_a_sentence(project: Path, name: str, flags: list[str], message: str) -> None:
     plans = sorted((project / "reports/plans").rglob("*.json"))
-    result = stage(project, name, *flags, check=False)
+    result = stage_here(project, name, *flags)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import ROOT, copy_project, run, stage
+from tests.project import ROOT, copy_project, run, stage, stage_here
 from tests.tiny import prose
 
 NAMES = sorted(
@@ -38,7 +38,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help(name: str) -> None:
-    output = stage(ROOT, name, "--help").stdout
+    output = stage_here(ROOT, name, "--help").stdout
     assert "Usage: python -m stages." in output
     assert "--params" in output
 
@@ -115,7 +115,7 @@ def test_without_the_flag_the_found_classes_are_validated(project: Path) -> None
 )
 def test_errors_are_one_sentence_and_leave_nothing(project: Path, name: str, flags: list[str], message: str) -> None:
     before = snapshot(project)
-    result = stage(project, name, *flags, check=False)
+    result = stage_here(project, name, *flags)
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr

@@ -3,7 +3,7 @@
 Run: python -m kvcompress.evaluation.readme
 
 Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in README.md stands what the report REPORT says;
-the same for `plans`. A test checks that both are current.
+the same for `plans` and the tables of `cost_tables`. A test checks that all are current.
 """
 
 import re
@@ -17,6 +17,7 @@ from kvcompress.artifacts import read_json, read_text, write_text
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
+from kvcompress.evaluation.cost_tables import batch, kernel, prefill, steps
 
 Results = Sequence[Mapping[str, Any]]
 MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DOTALL)
@@ -42,7 +43,14 @@ def plans(results: Results) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {"ablation": ablation, "plans": plans}
+BLOCKS: dict[str, Callable[[Any], str]] = {
+    "ablation": ablation,
+    "plans": plans,
+    "kernel": kernel,
+    "steps": steps,
+    "batch": batch,
+    "prefill": prefill,
+}
 
 
 def current(readme: str, folder: Path) -> str:
@@ -52,7 +60,7 @@ def current(readme: str, folder: Path) -> str:
     """
     found = [match[2] for match in MARKED.finditer(readme)]
     if sorted(found) != sorted(BLOCKS):
-        raise InputError(f"README.md has the marked blocks {found}, expected {list(BLOCKS)} once each")
+        raise InputError(f"README.md has the marked blocks {found}, expected {sorted(BLOCKS)} once each")
     return MARKED.sub(lambda one: f"{one[1]}\n\n{BLOCKS[one[2]](read_json(folder / one[3]))}\n\n{one[4]}", readme)
 
 
