@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
+import typer
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from kvcompress.cache import fused
 from kvcompress.cache.decode import Tuning
 from kvcompress.errors import InputError
-from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost
+from kvcompress.evaluation import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost, step_figure
 from kvcompress.evaluation.decode_steps import plan_of
 from tests.cache_tools import model_of
+from tests.project import ROOT
 
 run = CliRunner().invoke
 
@@ -185,3 +187,21 @@ def test_prefill_cost_compares_the_ways_to_read_a_prompt(tmp_path):
     refused = run(prefill_cost.app, ["--tiny", "--device", "cpu", "--share", "0.01", "--tokens", "60"])
     assert refused.exit_code == 1
     assert "slots a head" in refused.stderr
+
+
+def test_growth_is_drawn_from_a_report(tmp_path):
+    report = ROOT / "reports/devices/nvidia-h100/batch_cost.json"
+    costs = json.loads(report.read_text())["growth"]["costs"]
+    figure = step_figure.step_figure(costs, "title")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"batch {batch}" for batch in sorted({cost["batch"] for cost in costs})]
+    drawn = [y for axis in figure.axes for line in axis.lines for y in line.get_ydata()]
+    assert max(drawn) == max(cost["ms"] for cost in costs)
+    assert figure.axes[0].get_ylim()[0] == 0
+    assert figure.axes[0].get_ylim()[1] > max(drawn)
+    app = typer.Typer()
+    app.command()(step_figure.main)
+    assert run(app, [str(report), "--output", str(tmp_path / "growth.png")]).exit_code == 0
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    other = run(app, [str(ROOT / "reports/devices/nvidia-h100/kernel_cost.json"), "--output", str(tmp_path / "no.png")])
+    assert "has no growth" in str(other.exception)
