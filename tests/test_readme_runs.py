@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import kvcompress.evaluation.decode_cost as decode_cost
 from kvcompress.cli.main import app as kvcompress
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
+from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 from stages import ablate, benchmark, collect_attention, compute_stats, prepare, reclassify
@@ -97,11 +98,12 @@ def test_the_cost_of_a_decode_step() -> None:
 
 
 def given(folder: Path) -> dict[str, Any]:
-    """The names that the text above a Python block says the reader has."""
+    """The names that the text and the blocks above a Python block have given the reader."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "data/model")
     text = (folder / "book.txt").read_text()
     return {
         "model": AutoModelForCausalLM.from_pretrained(folder / "data/model").eval(),
+        "compressor": HeadAwareCompressor.from_plan(folder / PLANS / "priced-25.json"),
         "tokenizer": tokenizer,
         "text": text,
         "texts": [text],
