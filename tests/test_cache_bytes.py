@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress.cache import allocated_slots
-from kvcompress.methods import HeadAwareCompressor
+from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 from tests.cache_tools import (
@@ -88,6 +88,15 @@ def test_the_peak_of_a_bounded_plan_is_what_it_holds(prefill):
         cache = compressor.new_cache(model.config, prefill=prefill)
         feed(model, cache, tokens(1, 60), [50, 1])
     assert cache.peak_nbytes == cache.nbytes  # also when the exact prompt was seven times as long
+
+
+@pytest.mark.parametrize("method", [FixSizeL2Compressor(16, skip_layers=()), L2Compressor(0.25, 16, skip_layers=())])
+def test_of_a_prompt_chosen_by_content_only_what_stays_was_ever_stored(method):
+    model = model_of("llama")
+    with method.attached(model):
+        cache = method.new_cache(model.config)
+        feed(model, cache, tokens(1, 64), [64])
+    assert cache.peak_nbytes == cache.nbytes == 2 * 4 * 8 * LAYERS * 3 * 16
 
 
 def test_the_peak_of_a_full_plan_counts_the_copy_that_growth_makes():

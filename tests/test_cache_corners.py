@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3nTextConfig, GraniteConfig, GraniteForCausalLM, SmolLM3Config
+from transformers import (
+    DeepseekV3Config,
+    DynamicCache,
+    Gemma3nTextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    SmolLM3Config,
+)
 
 from kvcompress.cache import judged
 from kvcompress.cache.group import RECORDED
@@ -114,9 +121,32 @@ def test_a_plan_for_other_query_heads():
         HeadAwareCompressor.from_plan(plan).new_cache(model.config)
 
 
-def test_models_that_share_keys_between_layers_or_do_not_rotate_are_refused():
+def test_a_pass_that_broke_off_between_two_layers_is_noticed():
+    model, ids = model_of("llama"), tokens(1, LENGTH)
+    compressor = compressor_for(model, "mixed")
+    expected = oracle(model, ids)
+
+    def fail(*args):
+        raise InterruptedError
+
+    with compressor.attached(model):
+        cache = compressor.new_cache(model.config, prefill="streaming")
+        feed(model, cache, ids[:, :20], [20])
+        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(InterruptedError):
+            feed(model, cache, ids[:, 20:], [13])
+        hook.remove()
+        with pytest.raises(CacheUseError, match="broke off: layer 0 saw 33 tokens and layer 1 20; `reset`"):
+            feed(model, cache, ids[:, 20:], [13])
+        cache.reset()
+        assert (feed(model, cache, ids, [LENGTH]) - expected).abs().max() < 1e-5
+
+
+def test_models_that_share_keys_between_layers_or_heads_or_do_not_rotate_are_refused():
     with pytest.raises(UnsupportedModelError, match="lets 2 layers read other layers' keys"):
         ModelShape.of_config(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2))
+    with pytest.raises(UnsupportedModelError, match="deepseek_v3 caches one latent for all its heads"):
+        ModelShape.of_config(DeepseekV3Config())
     with pytest.raises(UnsupportedModelError, match="smollm3"):
         Rotation.of(SmolLM3Config())
 

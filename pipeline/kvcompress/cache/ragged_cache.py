@@ -40,7 +40,11 @@ class RaggedCache(Cache):
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes of K and V ever held since the last `reset`, copies during growth included."""
+        """The most bytes of K and V ever held since the last `reset`, copies during growth included.
+
+        What a pass computes for the one layer at work is the model's and not counted: that layer's new keys and values,
+        and the copy of those held beside them while a chunk is read.
+        """
         return self.shared.meter.peak
 
     def held(self) -> list[list[int]]:
@@ -61,7 +65,18 @@ class RaggedCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx >= len(self.layers):
             raise CacheUseError(f"this cache was made for {len(self.layers)} layers, the model has a layer {layer_idx}")
+        if layer_idx == 0:
+            self._require_whole()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _require_whole(self) -> None:
+        """Raise `CacheUseError` where an earlier pass ended in an error between two layers."""
+        for index, layer in enumerate(self.compressed_layers):
+            if layer.seen != self.seen:
+                raise CacheUseError(
+                    f"an earlier forward pass broke off: layer 0 saw {self.seen} tokens and layer {index} {layer.seen};"
+                    " `reset` the cache and run the text again"
+                )
 
     @property
     def batch_size(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.reading import Reading, read
+from kvcompress.cache.reading import Reading, attend_all, read
 from kvcompress.cache.storage import LARGEST_STEP
 from kvcompress.errors import CacheUseError, UnsupportedModelError
 from kvcompress.retention import FULL
@@ -45,18 +45,26 @@ class SelectingLayer(CompressedLayer):
         self._require_unpadded()
         self.like = (keys.shape[0], keys.dtype, keys.device)
         self.is_initialized = True
-        self._block.append(keys, values, self.shared.padding)
         self.seen = keys.shape[2]
-        self.select()
+        self._block.append(*self._chosen(keys, values), self.shared.padding)
 
     def select(self) -> None:
         """Let the rule act on what is held."""
-        keys, values = self._block.read()
+        held = self._block.read()
+        chosen = self._chosen(*held)
+        if chosen[0] is not held[0]:
+            self._block.replace(*chosen, spare=LARGEST_STEP)
+
+    def _chosen(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rule keeps of these, the same tensors where that is all of them."""
         slots = self.choose(keys)
         if slots is None:
-            return
-        keys, values = (held.gather(2, slots[..., None].expand(-1, -1, -1, held.shape[-1])) for held in (keys, values))
-        self._block.replace(keys, values, spare=LARGEST_STEP)
+            return keys, values
+        at = slots[..., None]
+        return (
+            keys.gather(2, at.expand(-1, -1, -1, keys.shape[-1])),
+            values.gather(2, at.expand(-1, -1, -1, values.shape[-1])),
+        )
 
     def reserve(self, tokens: int) -> None:
         raise CacheUseError(
@@ -68,6 +76,10 @@ class SelectingLayer(CompressedLayer):
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
         self._require_unpadded()
+        if not self.seen:  # of the first pass only what stays is ever stored
+            out = attend_all(query, keys, values, 0, reading)
+            self.fill(keys, values)
+            return out
         out = read(self._block, query, keys, values, reading)
         self.seen += keys.shape[2]
         self.select()

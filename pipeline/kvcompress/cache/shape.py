@@ -30,6 +30,10 @@ class ModelShape:
             raise UnsupportedModelError(
                 f"{config.model_type} lets {config.num_kv_shared_layers} layers read other layers' keys: not supported"
             )
+        if getattr(config, "kv_lora_rank", None):
+            raise UnsupportedModelError(
+                f"{config.model_type} caches one latent for all its heads (multi-head latent attention): not supported"
+            )
         layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
         if not isinstance(layers, int) or not isinstance(heads, int):
             raise UnsupportedModelError(f"{config.model_type} does not describe its layers and attention heads")
