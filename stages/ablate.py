@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress import ranks
 from kvcompress.artifacts import write_json, write_text
 from kvcompress.corpora import documents, load_texts
 from kvcompress.errors import InputError
@@ -17,6 +18,7 @@ from kvcompress.params.ablation import AblationParams
 from kvcompress.params.base import load_section
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
+from stages.processes import share_documents
 
 app = stage_app()
 
@@ -39,6 +41,7 @@ def main(
     device: Device = None,
 ) -> None:
     """Perplexity, accuracy, KL and retrieval of every contender on evaluation text, with intervals and bytes."""
+    share_documents(params)
     chosen = list(ABLATIONS) if not ablation or "all" in ablation else ablation
     for one in chosen:
         if one not in ABLATIONS:
@@ -58,6 +61,8 @@ def main(
         found = beyond_contenders(model.config, str(classes) if classes.is_file() else None, settings.sizes[-2])
         result["beyond"] = {"text": name, "context": record.max_context}
         result["beyond"]["rows"] = stream(model, tokens, found, settings.chunk_size)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     text = report([result])
     if output:
         write_json(output, result)
@@ -70,4 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(app, shares=True)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import read_text
 from kvcompress.corpora import documents_of_all, load_texts
@@ -14,6 +15,7 @@ from kvcompress.params.base import load_section
 from kvcompress.params.collect import CollectParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
+from stages.processes import share_documents
 
 app = stage_app()
 
@@ -36,6 +38,7 @@ def main(
     device: Device = None,
 ) -> None:
     """Sufficient statistics of every head's attention on the calibration texts, in OUTPUT_DIR/attention.safetensors."""
+    share_documents(params)
     output = output_dir or data_dir
     collect = load_section(
         CollectParams, params, max_tokens=max_tokens, chunk_size=chunk_size, documents_per_text=documents_per_text
@@ -48,10 +51,12 @@ def main(
     model, tokenizer = load_model(record, settings)
     batches = documents_of_all(tokenizer, texts, collect.max_tokens, collect.documents_per_text)
     sums = collect_attention(model, [tokens for batch in batches.values() for tokens in batch], collect.chunk_size)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
     sums.save(output / "attention.safetensors", {**header, "texts": sorted(texts), "dtype": settings.dtype})
     print(f"{sums.documents} documents of {collect.max_tokens} tokens from {', '.join(texts)}")
 
 
 if __name__ == "__main__":
-    run(app)
+    run(app, shares=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.errors import said_in_a_sentence
+from kvcompress.errors import InputError, said_in_a_sentence
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters; flags override them.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the pipeline's artifacts.")]
@@ -27,8 +27,13 @@ def stage_app() -> typer.Typer:
     return typer.Typer(add_completion=False, context_settings=settings, pretty_exceptions_enable=False)
 
 
-def run(app: typer.Typer) -> None:
-    """Run the app; an error that a user can mend is printed as one sentence and ends the program with code 1."""
+def run(app: typer.Typer, shares: bool = False) -> None:
+    """Run the app; an error that a user can mend is printed as one sentence and ends the program with code 1.
+
+    `shares`: the stage knows how to share its work with other processes (`stages.processes`).
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with said_in_a_sentence():
+        if not shares and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"this stage works alone, but {os.environ['WORLD_SIZE']} processes were started for it")
         app()

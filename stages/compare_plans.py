@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress import ranks
 from kvcompress.artifacts import write_json, write_text
 from kvcompress.corpora import load_texts
 from kvcompress.evaluation.ablation import compare, metrics
@@ -16,6 +17,7 @@ from kvcompress.params.base import load_section
 from kvcompress.plan import plans_of
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
+from stages.processes import share_documents
 
 app = stage_app()
 
@@ -39,6 +41,7 @@ def main(
     device: Device = None,
 ) -> None:
     """Perplexity, accuracy, KL and retrieval of every plan and of its uniform rival on evaluation text."""
+    share_documents(params)
     settings = load_section(ComparePlansParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
@@ -48,6 +51,8 @@ def main(
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
     contenders = plan_contenders(model.config, settings.max_tokens, paths)
     result = compare(model, tokenizer, record.id, texts, contenders, settings)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     text = report([result])
     if output:
         write_json(output, result)
@@ -60,4 +65,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(app, shares=True)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress import ranks
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.corpora import load_texts
 from kvcompress.errors import InputError
@@ -13,6 +14,7 @@ from kvcompress.params.base import load_section
 from kvcompress.params.sensitivity import SensitivityParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
+from stages.processes import share_documents
 
 app = stage_app()
 
@@ -31,6 +33,7 @@ def main(
     device: Device = None,
 ) -> None:
     """What every window costs in every KV head, on text and for far facts, in head_sensitivity.safetensors."""
+    share_documents(params)
     settings = load_section(SensitivityParams, params, max_tokens=max_tokens, documents_per_text=documents_per_text)
     loading = model_params(params, model_id, bf16, device)
     if model_id is not None and output_dir is None:
@@ -39,6 +42,8 @@ def main(
     texts = load_texts(data_dir / "corpus", "calibration")
     model, tokenizer = load_model(record, loading)
     found = measure_sensitivity(model, tokenizer, texts, settings)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": loading.dtype}
     found.save((output_dir or data_dir) / "head_sensitivity.safetensors")
     print(
@@ -47,4 +52,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(app, shares=True)

@@ -46,7 +46,8 @@ def test_params_are_the_sections_that_are_read(stage: str) -> None:
 
 def test_every_stage_is_described_and_every_section_used() -> None:
     assert all(len(stage["desc"]) > 40 and stage["desc"].endswith(".") for stage in STAGES.values())
-    assert {name.split(".")[0] for stage in STAGES.values() for name in stage["params"]} == set(BY_CLASS.values())
+    used = {name.split(".")[0] for stage in STAGES.values() for name in stage["params"]}
+    assert used == set(BY_CLASS.values()) - {"machine"}  # how many processes run a stage is no part of its result
 
 
 def skipped(output: str) -> set[str]:

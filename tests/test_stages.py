@@ -15,7 +15,9 @@ from tests.project import ROOT, copy_project, run, stage, stage_here
 from tests.tiny import prose
 
 NAMES = sorted(
-    path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "common", "loading")
+    path.stem
+    for path in (ROOT / "stages").glob("*.py")
+    if path.stem not in ("__init__", "common", "loading", "processes")
 )
 
 

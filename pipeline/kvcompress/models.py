@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from kvcompress import ranks
 from kvcompress.artifacts import replaced_folder
 from kvcompress.cache.shape import ModelShape as CacheShape
 from kvcompress.errors import InputError, UnsupportedModelError
@@ -206,7 +207,9 @@ def load_model(record: ModelRecord, params: ModelParams) -> tuple[PreTrainedMode
 def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder of safetensors; nothing is fetched and nothing unpickled."""
     transformers_logging.disable_progress_bar()
-    device = None if params.device_map else resolve_device(params.device)
+    if params.device_map and ranks.size() > 1:
+        raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
+    device = None if params.device_map else resolve_device(ranks.own_device(params.device))
     options: dict[str, Any] = {"trust_remote_code": params.trust_remote_code, "local_files_only": True}
     place = {"device_map": params.device_map} if params.device_map else {}
     try:
@@ -221,6 +224,7 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
         )
         if device is not None:
             model.to(device)
+            ranks.exchange_on(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model folder {folder} cannot be loaded: {in_short(error)}") from error
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))

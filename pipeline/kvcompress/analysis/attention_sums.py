@@ -69,6 +69,12 @@ class AttentionSums:
         return AttentionSums(tensors, self.documents + other.documents, max(self.longest, other.longest))
 
     @classmethod
+    def none(cls, layers: int, heads: int) -> "AttentionSums":
+        """The sums of no document."""
+        layer = empty_layer(heads, torch.device("cpu"))
+        return cls({name: torch.stack([tensor] * layers) for name, tensor in layer.items()}, documents=0, longest=0)
+
+    @classmethod
     def stack(cls, layers: list[dict[str, Tensor]], tokens: int) -> "AttentionSums":
         """One document's sums from its layers' (`LayerSums.tensors`)."""
         tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from kvcompress import ranks
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import observing, require_observable
@@ -19,6 +19,8 @@ def collect_attention(
     model: PreTrainedModel, documents: Sequence[Tensor], chunk_size: int = 512, progress: bool = True
 ) -> AttentionSums:
     """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
+
+    Where several processes were started (`kvcompress.ranks`), each reads its share and gets the sums of all.
 
     A document is fed in chunks of `chunk_size` tokens with a KV cache, so chunking changes memory and never the result.
     Raises `UnsupportedModelError` where the model's attention cannot be observed, `InputError` for a document of one
@@ -34,23 +36,26 @@ def collect_attention(
             raise InputError(f"a document has {len(tokens)} tokens, expected at least 2")
     if rope_depends_on_length(model.config):
         chunk_size = max(map(len, documents), default=1)  # a chunk would be rotated as if the text ended with it
-    total: AttentionSums | None = None
-    with (
-        torch.inference_mode(),
-        tqdm(total=sum(map(len, documents)), unit="tok", desc="attention", disable=not progress) as bar,
-    ):
-        for tokens in documents:
+    if not documents:
+        raise InputError("there are no documents to collect attention from")
+    total = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
+    own = [documents[i] for i in ranks.mine([cost(len(tokens)) for tokens in documents])]
+    with torch.inference_mode(), ranks.progress(sum(map(len, own)), "attention", "tok", progress) as bar:
+        for tokens in own:
             with observing(model) as observer:
                 cache = DynamicCache() if len(tokens) > chunk_size else None
                 for chunk in tokens.to(input_device(model)).split(chunk_size):
                     model.base_model(chunk[None], past_key_values=cache, use_cache=cache is not None)
                     bar.update(len(chunk))
-            sums = observer.sums(shape.num_layers)
-            total = sums if total is None else total + sums
-    if total is None:
-        raise InputError("there are no documents to collect attention from")
+            total += observer.sums(shape.num_layers)
+    total = AttentionSums(ranks.summed(total.tensors), len(documents), max(map(len, documents)))
     add_induction(model, total)
     return total
+
+
+def cost(tokens: int) -> float:
+    """What a document costs, in tokens of a short one: attention grows with its square."""
+    return tokens * (1 + tokens / 4096)
 
 
 def rope_depends_on_length(config: Any) -> bool:

@@ -4,17 +4,18 @@ Three measurements, each additive over documents: the price of one head's window
 heads cost together (`joint_price`), and how much of a fact's answer every head carries (`retrieval_price`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcompress import ranks
 from kvcompress.analysis.calibration_facts import calibration_facts
 from kvcompress.analysis.joint_price import joint_prices
 from kvcompress.analysis.observe import require_observable
@@ -124,7 +125,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
 
-    Raises `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
+    Where several processes were started (`kvcompress.ranks`), each measures its share and gets the whole result. Raises
+    `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
     """
     settings = params or SensitivityParams()
     observed = require_observable(model)
@@ -139,30 +141,41 @@ def measure_sensitivity(
     batch, joint_batch = [tokens for found in of_text.values() for tokens in found], [f[0] for f in of_text.values()]
     questions = calibration_facts(tokenizer, texts, length - 2 * settings.facts_per_context, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
-    steps = len(batch) + len(joint_batch) * len(joint_windows) + len(questions)
-    with tqdm(total=steps, desc="price of heads", unit="pass", disable=not progress) as bar:
-
-        def counted(found: Tensor) -> np.ndarray:
-            bar.update()
-            return found.numpy()
-
-        fisher = sum(counted(text_prices(model, tokens, windows, sinks, shape, settings.seed)) for tokens in batch)
-        joint = sum(
-            np.stack([counted(joint_prices(model, tokens, window, sinks, shape)) for window in joint_windows])
-            for tokens in joint_batch
-        )
-        retrieval = [
-            counted(retrieval_prices(model, context, asked, far, sinks, shape, settings.nodes))
-            for context, asked in questions
-        ]
+    jobs: list[Callable[[], Tensor]] = [
+        partial(text_prices, model, tokens, windows, sinks, shape, settings.seed) for tokens in batch
+    ]
+    jobs += [
+        partial(joint_prices, model, tokens, window, sinks, shape) for tokens in joint_batch for window in joint_windows
+    ]
+    jobs += [
+        partial(retrieval_prices, model, context, asked, far, sinks, shape, settings.nodes)
+        for context, asked in questions
+    ]
+    found = [prices.numpy() for prices in done_together(jobs, progress)]
+    fisher, rest = found[: len(batch)], found[len(batch) :]
+    joint, retrieval = rest[: -len(questions)], rest[-len(questions) :]
     return Sensitivity(
         windows,
         sinks,
         length,
         sum(map(len, batch)),
         sum(map(len, joint_batch)),
-        np.asarray(fisher),
-        np.asarray(joint),
+        np.asarray(sum(fisher)),
+        np.stack(joint).reshape(len(joint_batch), len(joint_windows), *shape).sum(0),
         np.concatenate(retrieval),
         {"texts": sorted(texts), "num_attention_heads": observed.num_attention_heads},
     )
+
+
+def done_together(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:
+    """What every job gives, in their order; processes that share the work (`kvcompress.ranks`) do a share each.
+
+    Processes take jobs in turns: those of one kind stand together and cost the same.
+    """
+    own = ranks.mine([1.0] * len(jobs))
+    with ranks.progress(len(own), "price of heads", "pass", progress) as bar:
+        found: dict[int, Tensor] = {}
+        for i in own:
+            found[i] = jobs[i]()
+            bar.update()
+    return ranks.in_order(found, len(jobs))

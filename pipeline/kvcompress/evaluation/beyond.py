@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvcompress import ranks
 from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
@@ -38,12 +38,17 @@ def beyond_contenders(config: Any, classifications: str | None, size: int) -> di
 def stream(
     model: PreTrainedModel, tokens: Tensor, contenders: Mapping[str, Compressor], chunk_size: int, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """One row a contender and window of WINDOW tokens: mean NLL in nats, and bytes held at its end."""
-    rows = []
+    """One row a contender and window of WINDOW tokens: mean NLL in nats, and bytes held at its end.
+
+    Processes that share the work (`kvcompress.ranks`) stream some contenders each.
+    """
+    rows, names = [], list(contenders)
+    own = ranks.mine([1.0] * len(names))
+    found: dict[int, Tensor] = {}  # contender -> [predicted token, (NLL, bytes held)]
     tokens = tokens.to(input_device(model))
-    total = len(tokens) * len(contenders)
-    with torch.inference_mode(), tqdm(total=total, desc="beyond context", unit="tok", disable=not progress) as bar:
-        for name, compressor in contenders.items():
+    with torch.inference_mode(), ranks.progress(len(tokens) * len(own), "beyond context", "tok", progress) as bar:
+        for i in own:
+            compressor = contenders[names[i]]
             nll: list[np.ndarray] = []
             held: list[int] = []
             with compressor.attached(model):
@@ -56,9 +61,11 @@ def stream(
                     nll.append(loss.double().cpu().numpy())
                     held += [cache.nbytes] * len(target)
                     bar.update(len(chunk))
-            losses = np.concatenate(nll)
-            for first in range(0, len(losses) - WINDOW + 1, WINDOW):
-                last = first + WINDOW
-                mean = round(float(losses[first:last].mean()), 4)
-                rows.append({"name": name, "tokens": last, "nll": mean, "nbytes": held[last - 1]})
+            found[i] = torch.from_numpy(np.stack([np.concatenate(nll), held], axis=1))
+    for name, measured in zip(names, ranks.in_order(found, len(names)), strict=True):
+        losses, bytes_held = measured.numpy().T
+        for first in range(0, len(losses) - WINDOW + 1, WINDOW):
+            last = first + WINDOW
+            mean = round(float(losses[first:last].mean()), 4)
+            rows.append({"name": name, "tokens": last, "nll": mean, "nbytes": int(bytes_held[last - 1])})
     return rows

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from kvcompress import ranks
 from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.facts import Case
 from kvcompress.methods.compressor import Compressor
@@ -36,17 +36,20 @@ def retrieve(
 
     Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes.
     Streaming: every contender reads context and question in its own way from the start.
+    Processes that share the work (`kvcompress.ranks`) ask some cases each.
     """
-    found: dict[str, list[bool]] = {name: [] for name in contenders}
+    own = ranks.mine([case.length for case in cases])
+    found: dict[int, Tensor] = {}  # case -> [contender], 1 where it answers
     device = input_device(model)
-    with torch.inference_mode(), tqdm(cases, desc=f"retrieval, {prefill}", unit="case", disable=not progress) as bar:
-        for case in bar:
+    with torch.inference_mode(), ranks.progress(len(own), f"retrieval, {prefill}", "case", progress) as bar:
+        for i in own:
+            case, rights = cases[i], []
             context = torch.tensor([case.context], device=device)
             rest = torch.tensor([case.question + case.answer], device=device)
             full = DynamicCache(config=model.config)
             if prefill == "exact":
                 model(context, past_key_values=full, use_cache=True, logits_to_keep=1)
-            for name, compressor in contenders.items():
+            for compressor in contenders.values():
                 with compressor.attached(model):
                     if prefill == "exact":
                         cache = compressor.compress(full, config=model.config)
@@ -55,5 +58,8 @@ def retrieve(
                         for chunk in context.split(256, 1):
                             model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     logits = model(rest, past_key_values=cache, use_cache=True).logits[0]
-                found[name].append(answered(logits, case))
-    return found
+                rights.append(answered(logits, case))
+            found[i] = torch.tensor(rights)
+            bar.update()
+    table = [[bool(right) for right in rights] for rights in ranks.in_order(found, len(cases))]
+    return {name: [rights[j] for rights in table] for j, name in enumerate(contenders)}

@@ -6,22 +6,23 @@ same (`kvcompress.cache.judged`; a test holds the two together); content-depende
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvcompress import ranks
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.errors import InputError
 from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.models import input_device
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
+
+MEASURES = ("nll", "correct", "kl")  # of every predicted token
 
 
 @dataclass
@@ -78,7 +79,7 @@ def score_document(
 
     `reference` are the `full_log_probs` of the same tokens. The model must be attached.
     """
-    pieces: dict[str, list[Tensor]] = {"nll": [], "correct": [], "kl": []}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
     held = []
     tokens = tokens.to(reference.device)
     for start in range(0, len(tokens), chunk_size):
@@ -107,41 +108,44 @@ def score_contenders(
     Methods that rank keys by content get `rank_every` tokens at a time: each of their passes sees itself in full.
 
     Documents are the outer loop, so that the full cache's distributions (`tokens x vocabulary` floats) exist for one at
-    a time. Raises `InputError` where documents differ in length.
+    a time. Processes that share the work (`kvcompress.ranks`) read some documents each; `seconds` adds up over them.
+    Raises `InputError` where documents differ in length.
     """
     batch = [(text, tokens) for text, found in documents.items() for tokens in found]
     if len({len(tokens) for _, tokens in batch}) != 1:
         raise InputError(f"documents to score must have one length, found {sorted({len(t) for _, t in batch})} tokens")
-    parts: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in contenders}
-    held: dict[str, list[int]] = defaultdict(list)
-    peaks: dict[str, int] = defaultdict(int)
-    seconds: dict[str, float] = defaultdict(float)
-    total = len(batch) * len(contenders)
-    with torch.inference_mode(), tqdm(total=total, desc="perplexity", unit="run", disable=not progress) as bar:
-        for _, tokens in batch:
+    own = ranks.mine([len(tokens) for _, tokens in batch])
+    arrays: dict[int, Tensor] = {}  # document -> [contender, measure, predicted token]
+    costs: dict[int, Tensor] = {}  # document -> [contender, (bytes at the end, mean and peak bytes, seconds)]
+    total = len(own) * len(contenders)
+    with torch.inference_mode(), ranks.progress(total, "perplexity", "run", progress) as bar:
+        for i in own:
+            tokens = batch[i][1]
             reference = full_log_probs(model, tokens)
-            for name, compressor in contenders.items():
+            found, spent = [], []
+            for compressor in contenders.values():
                 size = chunk_size if isinstance(compressor, PlanCompressor) else min(rank_every, chunk_size)
                 start = time.perf_counter()
                 with compressor.attached(model):
                     cache = streaming_cache(compressor, model)
-                    arrays, held[name] = score_document(model, tokens, reference, cache, size)
-                seconds[name] += time.perf_counter() - start
-                peaks[name] = max(peaks[name], cache.peak_nbytes)
-                for key, array in arrays.items():
-                    parts[name][key].append(array)
+                    scored, held = score_document(model, tokens, reference, cache, size)
+                seconds = time.perf_counter() - start
+                found.append(np.stack([scored[name] for name in MEASURES]))
+                spent.append([held[-1], float(np.mean(held)), cache.peak_nbytes, seconds])
                 bar.update()
+            arrays[i] = torch.from_numpy(np.stack(found))
+            costs[i] = torch.tensor(spent, dtype=torch.float64)
+    whole = torch.stack(ranks.in_order(arrays, len(batch))).numpy()  # [document, contender, measure, predicted token]
+    spending = torch.stack(ranks.in_order(costs, len(batch))).numpy()  # [document, contender, cost]
     texts = [text for text, _ in batch]
     return {
         name: Score(
             texts=texts,
-            nll=np.stack(part["nll"]),
-            correct=np.stack(part["correct"]),
-            kl=np.stack(part["kl"]),
-            nbytes_end=held[name][-1],
-            nbytes_mean=float(np.mean(held[name])),
-            nbytes_peak=peaks[name],
-            seconds=seconds[name],
+            **{measure: whole[:, i, j] for j, measure in enumerate(MEASURES)},
+            nbytes_end=int(spending[-1, i, 0]),
+            nbytes_mean=float(spending[-1, i, 1]),
+            nbytes_peak=int(spending[:, i, 2].max()),
+            seconds=float(spending[:, i, 3].sum()),
         )
-        for name, part in parts.items()
+        for i, name in enumerate(contenders)
     }

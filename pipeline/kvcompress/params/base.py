@@ -10,6 +10,7 @@ from kvcompress.artifacts import read_text, validated
 from kvcompress.errors import InputError
 
 SECTIONS = (
+    "machine",
     "model",
     "corpus",
     "collect",
