@@ -245,8 +245,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids have to be: the device of the embedding."""
-    return model.get_input_embeddings().weight.device
+    """Where token ids have to be: the device of the embedding, or where it runs, if its weights only come for that."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.device.type == "meta":  # offloaded by accelerate, whose hook knows
+        return torch.device(embedding._hf_hook.execution_device)
+    return embedding.weight.device
 
 
 def in_short(error: Exception) -> str:

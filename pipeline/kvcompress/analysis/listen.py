@@ -67,15 +67,16 @@ def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
     Raises `UnsupportedModelError` where the model does not take another attention function.
     """
     before = model.config._attn_implementation
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     use_attention(model, NAME)
     token = _listener.set(listener)
     try:
-        for parameter in trainable:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters():  # an offloaded model has others than before
+            if name in trainable and not parameter.is_inference():
+                parameter.requires_grad_(True)
         _listener.reset(token)
         use_attention(model, before)

@@ -6,9 +6,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from kvcompress.models import input_device
+
 
 def environment(model: PreTrainedModel) -> dict[str, str | int]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": name,
