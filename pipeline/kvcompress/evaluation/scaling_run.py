@@ -1,0 +1,79 @@
+"""One process of a run that `scaling_cost` measures; torchrun starts it, once or several times."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from kvcompress import ranks
+from kvcompress.analysis.collect import collect_attention
+from kvcompress.analysis.sensitivity import measure_sensitivity
+from kvcompress.artifacts import write_json
+from kvcompress.corpora import documents_of_all
+from kvcompress.errors import said_in_a_sentence
+from kvcompress.evaluation.ablation import compare
+from kvcompress.evaluation.contenders import contenders_for
+from kvcompress.evaluation.environment import environment
+from kvcompress.facts import FILLER
+from kvcompress.models import load_folder
+from kvcompress.params.ablation import AblationParams
+from kvcompress.params.model import LocalModel, ModelParams
+from kvcompress.params.sensitivity import SensitivityParams
+
+TEXTS = 2
+
+
+def acts(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str | int]]:
+    """Each stage's work on `documents` documents (what they say changes no time), and where it is done.
+
+    All parts of the work grow with the documents, so that half of them are half of it.
+    """
+    params = ModelParams(source="local", local=LocalModel(path=str(folder)))
+    model, tokenizer = load_folder(folder, params)
+    words = FILLER * (1 + documents * tokens // (TEXTS * len(tokenizer(FILLER).input_ids)) + 1)
+    texts, each = {f"text {i}": words for i in range(TEXTS)}, documents // TEXTS
+    batch = documents_of_all(tokenizer, texts, tokens, each)
+    priced = SensitivityParams(
+        max_tokens=tokens, documents_per_text=each, joint_windows=[8 * (i + 1) for i in range(max(1, documents // 4))],
+        fact_contexts=documents // 2, facts_per_context=2,
+    )  # fmt: skip
+    judged = AblationParams(
+        max_tokens=tokens, documents_per_text=each, sizes=[tokens // 4, tokens // 2], retrieval_lengths=[tokens],
+        retrieval_depths=documents // 2, chunk_size=256, rank_every=256,
+    )  # fmt: skip
+    contenders = contenders_for(["window_size"], model.config, judged)
+    return {
+        "collect_attention": lambda: collect_attention(model, [one for found in batch.values() for one in found]),
+        "measure_sensitivity": lambda: measure_sensitivity(model, tokenizer, texts, priced),
+        "ablate": lambda: compare(model, tokenizer, folder.name, texts, contenders, judged),
+    }, environment(model)
+
+
+def together() -> None:
+    """Wait until all processes are here."""
+    ranks.summed({"here": torch.zeros(1, dtype=torch.float64)})
+
+
+def main(folder: Path, documents: int, tokens: int, output: Path) -> None:
+    """One process of a run; the first writes the seconds of every stage to OUTPUT."""
+    with said_in_a_sentence():
+        begun = time.perf_counter()
+        ranks.join()
+        found, where = acts(folder, documents, tokens)
+        together()
+        seconds = {"loading": time.perf_counter() - begun}
+        for name, act in found.items():
+            together()
+            start = time.perf_counter()
+            act()
+            together()
+            seconds[name] = time.perf_counter() - start
+        if ranks.leave():
+            write_json(output, {"seconds": seconds, "environment": where})
+
+
+if __name__ == "__main__":
+    typer.run(main)
