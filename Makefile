@@ -25,7 +25,7 @@ test: setup
 	@echo "== mypy: types in pipeline/ and stages/"
 	@mypy
 	@echo "== pytest, on all cores"
-	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 

@@ -78,8 +78,8 @@ def stage(folder: Path, name: str, *flags: str, check: bool = True) -> subproces
     return run(folder, sys.executable, "-m", f"stages.{name}", *flags, check=check)
 
 
-def stage_here(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """As `stage`, by this checkout's code and within this process: seconds less, for what ends before the real work."""
+def stage_here(folder: Path, name: str, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """As `stage`, by this checkout's code and within this process: the seconds that a process takes to import are saved."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     script = str(ROOT / "stages" / f"{name}.py")
     with (
@@ -93,4 +93,6 @@ def stage_here(folder: Path, name: str, *flags: str) -> subprocess.CompletedProc
             runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
         except SystemExit as ended:
             code = int(ended.code or 0)
+    if check and code:
+        raise AssertionError(f"{name} {' '.join(flags)} ended with {code}:\n{out.getvalue()}\n{err.getvalue()}")
     return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())

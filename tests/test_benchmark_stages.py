@@ -18,7 +18,7 @@ from kvcompress.params.benchmark import BASELINES, METHODS, BenchmarkParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import Retention
 from stages import benchmark, plot_benchmark
-from tests.project import copy_project, stage
+from tests.project import copy_project, stage_here
 from tests.tiny import tiny_model
 
 SLOT = 2 * 8 * 4  # bytes of one head's K and V of one token: head_dim 8, float32
@@ -62,7 +62,7 @@ def test_a_context_must_fit_model_and_rounds() -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("project"))
-    stage(folder, "prepare")
+    stage_here(folder, "prepare")
     plan = RetentionPlan.uniform(Retention(2, 10), 2, 2, 4)
     plan.save(folder / "mine.json")
     plan.save(folder / "reports/plans/tiny/priced-25.json")

@@ -13,7 +13,7 @@ from kvcompress.cache.oracle import judged
 from kvcompress.evaluation import estimators
 from kvcompress.evaluation.estimators import direct, divergence, log_probabilities, plan_cost, plan_for
 from kvcompress.retention import FULL, Retention
-from tests.project import copy_project, stage
+from tests.project import copy_project, stage_here
 from tests.tiny import tiny_model
 
 
@@ -46,7 +46,7 @@ def test_plans_spend_the_share_and_cost_nothing_when_full() -> None:
 def test_every_estimator_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = copy_project(tmp_path)
     monkeypatch.chdir(project)
-    stage(project, "prepare")
+    stage_here(project, "prepare")
     app = typer.Typer()
     app.command()(estimators.main)
     flags = ["--tokens", "100", "--window", "10", "--window", "40", "--others", "2", "--output", "found.json"]

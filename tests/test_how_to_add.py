@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md: each is applied to a copy of the project, is short, and there does what it says."""
+"""The examples of CONTRIBUTING.md: each is short; applied to a copy of the project, they do there what they say."""
 
 import re
 import shutil
@@ -54,29 +54,37 @@ def lines_added(part: str) -> int:
     return sum(bool(line.strip()) for line in written + changes)
 
 
-@pytest.fixture
-def project(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A copy of the project, its tests included, with one example applied, `make deps` run, and nothing that ruff minds."""
-    part = EXAMPLES[request.param]
-    folder = copy_project(tmp_path / "copy")
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, its tests included, with all examples applied, `make deps` run, and nothing that ruff minds."""
+    folder = copy_project(tmp_path_factory.mktemp("copy"))
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for path, content in new_files(part).items():
-        assert not (folder / path).exists()
-        (folder / path).write_text(content)
-    for path, lines in hunks(part):
-        (folder / path).write_text(changed((folder / path).read_text(), lines))
+    for part in EXAMPLES.values():
+        for path, content in new_files(part).items():
+            assert not (folder / path).exists()
+            (folder / path).write_text(content)
+        for path, lines in hunks(part):
+            (folder / path).write_text(changed((folder / path).read_text(), lines))
     run(folder, sys.executable, "-m", "tests.write_deps")
     run(folder, "ruff", "check", ".")
     run(folder, "ruff", "format", "--check", ".")
     return folder
 
 
-def pytest_in(folder: Path, chosen: str, *files: str) -> int:
-    """Run tests of the copy; how many passed."""
-    paths = [f"tests/test_{name}.py" for name in files]
-    said = run(folder, sys.executable, "-m", "pytest", "-k", chosen, *paths).stdout
-    return int(re.findall(r"(\d+) passed", said)[-1])
+# Example -> the copy's tests that speak of it, as `pytest -k` takes them.
+BASELINE = "static_baselines or all_methods or every_method_once or (import_closure and baselines)"
+FAMILY, STAGE = "starcoder2", "count_sinks or described"
+FILES = ("methods_baselines", "benchmark_stages", "pipeline", "collect", "cache_oracle")
+
+
+@pytest.fixture(scope="module")
+def passed(project: Path) -> list[str]:
+    """Names of the copy's tests that speak of an example, after one run in which none failed."""
+    files = [f"tests/test_{name}.py" for name in FILES]
+    chosen = f"{BASELINE} or {FAMILY} or {STAGE}"
+    said = run(project, sys.executable, "-m", "pytest", "-rp", "-k", chosen, *files).stdout
+    return re.findall(r"^PASSED tests/test_(\S+)", said, flags=re.M)
 
 
 def test_every_example_is_here_and_short() -> None:
@@ -84,20 +92,23 @@ def test_every_example_is_here_and_short() -> None:
     assert {title: lines_added(part) <= MOST_LINES for title, part in EXAMPLES.items()} == dict.fromkeys(EXAMPLES, True)
 
 
-@pytest.mark.parametrize("project", ["A baseline"], indirect=True)
-def test_the_baseline_is_what_it_says_and_takes_part(project: Path) -> None:
+def test_the_baseline_is_what_it_says_and_takes_part(passed: list[str]) -> None:
     """Judged by the mask oracle, by name in the benchmark, on its page, and its file among the stage's deps."""
-    chosen = "static_baselines or all_methods or every_method_once or (import_closure and baselines)"
-    assert pytest_in(project, chosen, "methods_baselines", "benchmark_stages", "pipeline") == 4 + 1 + 1 + 1
+    assert sum("static_baselines" in name for name in passed) == 4
+    assert sum("all_methods" in name or "every_method_once" in name for name in passed) == 2
+    assert sum("import_closure" in name and "baselines" in name for name in passed) == 1
 
 
-@pytest.mark.parametrize("project", ["A model family"], indirect=True)
-def test_the_model_family_is_under_the_tests_of_analysis_and_cache(project: Path) -> None:
-    assert pytest_in(project, "starcoder2", "collect", "cache_oracle") > 20
+def test_the_model_family_is_under_the_tests_of_analysis_and_cache(passed: list[str]) -> None:
+    of_family = [name for name in passed if "starcoder2" in name]
+    assert sum(name.startswith("cache_oracle") for name in of_family) > 20
+    assert any(name.startswith("collect") for name in of_family)
 
 
-@pytest.mark.parametrize("project", ["A stage"], indirect=True)
-def test_the_stage_runs_under_dvc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_is_declared_and_runs_under_dvc(
+    project: Path, passed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sum("count_sinks" in name or "described" in name for name in passed) == 3
     monkeypatch.chdir(project)
     (project / "book.txt").write_text(prose(100))
     words = ["analyze", "inputs/tiny", "-t", "book.txt", "--max-tokens", "200", "--output-dir", "data"]
@@ -106,4 +117,3 @@ def test_the_stage_runs_under_dvc(project: Path, monkeypatch: pytest.MonkeyPatch
     said = run(project, "dvc", "repro", "--single-item", "count_sinks").stdout
     assert "Running stage 'count_sinks'" in said
     assert isinstance(read_json(project / "reports/metrics/sinks.json"), dict)
-    assert pytest_in(project, "count_sinks or described", "pipeline") == 3

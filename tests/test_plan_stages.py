@@ -16,7 +16,7 @@ from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
 from kvcompress.heads import load_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
-from tests.project import copy_project, stage, stage_here
+from tests.project import copy_project, stage_here
 from tests.tiny import CONFIGS
 
 ANALYSIS = ("prepare", "collect_attention", "compute_stats", "classify", "reclassify --reclassify --output-dir data")
@@ -26,10 +26,10 @@ ANALYSIS = ("prepare", "collect_attention", "compute_stats", "classify", "reclas
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("project"))
     for name in ANALYSIS:
-        stage(folder, *name.split())
-    stage(folder, "measure_sensitivity")
+        stage_here(folder, *name.split())
+    stage_here(folder, "measure_sensitivity")
     flags = {"report": "price_report.txt", "metrics": "metrics/plans.json", "prices": "plots/prices.json"}
-    stage(folder, "allocate", *(part for name, file in flags.items() for part in (f"--{name}", f"reports/{file}")))
+    stage_here(folder, "allocate", *(part for name, file in flags.items() for part in (f"--{name}", f"reports/{file}")))
     return folder
 
 
@@ -96,7 +96,7 @@ def test_prices_stand_beside_classes(project: Path) -> None:
 )
 def test_what_is_wrong_is_said_in_a_sentence(project: Path, name: str, flags: list[str], message: str) -> None:
     plans = sorted((project / "reports/plans").rglob("*.json"))
-    result = stage_here(project, name, *flags)
+    result = stage_here(project, name, *flags, check=False)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -109,7 +109,9 @@ def test_sensitivity_of_another_model_is_refused(project: Path, tmp_path: Path) 
     sensitivity = Sensitivity.load(project / "data/head_sensitivity.safetensors")
     sensitivity.origin = {**sensitivity.origin, "model_id": "other"}
     sensitivity.save(tmp_path / "head_sensitivity.safetensors")
-    result = stage(project, "allocate", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "p"), check=False)
+    result = stage_here(
+        project, "allocate", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "p"), check=False
+    )
     assert result.returncode == 1
     assert "was measured on other" in result.stderr
     assert not (tmp_path / "p").exists()
@@ -117,7 +119,7 @@ def test_sensitivity_of_another_model_is_refused(project: Path, tmp_path: Path) 
 
 def test_plans_are_compared_without_dvc(project: Path, tmp_path: Path) -> None:
     (folder,) = (project / "reports/plans").iterdir()
-    stage(project, "compare_plans", str(folder / "inverse-50.json"), "--output-dir", str(tmp_path))
+    stage_here(project, "compare_plans", str(folder / "inverse-50.json"), "--output-dir", str(tmp_path))
     (result,) = json.loads((tmp_path / "plan_comparison.json").read_text())
     assert [row["name"] for row in result["rows"]] == [FULL_CACHE, "inverse-50", "uniform = inverse-50"]
     assert "inverse-50" in (tmp_path / "plan_comparison.md").read_text()
