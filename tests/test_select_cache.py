@@ -207,7 +207,7 @@ def test_what_cannot_be_served_is_refused_by_name(model):
         uniform(model, Retention(2, 5, 4, "magic"))
     with pytest.raises(UnsupportedModelError, match="score 'expected_attention' knows the rotary embedding of"):
         uniform(model_of("gpt2"), Retention(2, 5, 4, "expected_attention")).new_cache(model_of("gpt2").config)
-    with pytest.raises(InputError, match="reselect_every is 0, expected a whole number of at least 1"):
+    with pytest.raises(InputError, match="every is 0, expected a whole number of at least 1"):
         Choosing(every=0)
     with (
         pytest.raises(InputError, match="heads of this plan select keys"),

@@ -42,7 +42,7 @@ class Choosing:
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(1, reselect_every=self.every, observe=self.observe)
+        require_at_least(1, every=self.every, observe=self.observe)
 
     def score(self, name: str) -> Score:
         """The score of that name. Raises `InputError` for one that is not known."""
