@@ -8,7 +8,7 @@ from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.retention import FULL, PRUNED, Retention
 
-bounded = st.builds(Retention, st.integers(0, 6), st.integers(1, 12))
+bounded = st.builds(Retention, st.integers(0, 6), st.integers(1, 12), st.just(0), st.just(""))
 heads = st.lists(st.one_of(bounded, st.just(FULL), st.just(PRUNED)), min_size=1, max_size=4)
 chunks = st.lists(st.integers(1, 15), min_size=1, max_size=8)
 

@@ -5,14 +5,16 @@ from dataclasses import fields
 
 from kvcompress.analysis.classification import classify_first_pass, classify_refined
 from kvcompress.analysis.statistics import REGIONS, HeadStatistics
+from kvcompress.cache import Choosing
 from kvcompress.heads import HeadType
 from kvcompress.params.base import SECTIONS
 from kvcompress.planning.policies import POLICIES
 from kvcompress.retention import Strategy
+from kvcompress.scores import SCORES, make_score
 from tests.project import ROOT
 
 TEXT = (ROOT / "docs/measures.md").read_text()
-STATISTICS, CLASSES, PRICES = re.split(r"^## \w+\n", TEXT, flags=re.M)[1:]
+STATISTICS, CLASSES, PRICES, SELECTION = re.split(r"^## \w+\n", TEXT, flags=re.M)[1:]
 
 
 def rows(part: str) -> dict[str, str]:
@@ -48,6 +50,15 @@ def statistics(entropy: float, sink: float, local: float, uniform: float = 1.0) 
 
 def test_every_policy_is_explained() -> None:
     assert set(rows(PRICES)) == set(POLICIES)
+
+
+def test_every_score_is_explained_with_the_queries_it_needs() -> None:
+    told = rows(SELECTION)
+    assert set(told) == set(SCORES)
+    for name, rest in told.items():
+        assert rest.endswith("none") != make_score(name).needs_queries
+    numbers = f"`every` ({Choosing.every})", f"`observe` ({Choosing.observe})"
+    assert all(number in SELECTION for number in numbers)
 
 
 def test_files_and_dials_that_it_names_exist() -> None:

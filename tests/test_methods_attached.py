@@ -8,6 +8,7 @@ import pytest
 
 import kvcompress
 from kvcompress.cache import attached, judged
+from kvcompress.retention import FULL
 from tests.cache_tools import compressor_for, feed, model_of, tokens
 
 
@@ -36,7 +37,7 @@ def test_it_is_re_entrant():
         with compressor_for(model, "mixed").attached(model):
             assert attention_of(model) == "kvcompress"
         assert attention_of(model) == "kvcompress"
-        with judged(model, [[(0, -1)] * 3] * 2):
+        with judged(model, [[FULL] * 3] * 2):
             assert attention_of(model) == "kvcompress_oracle"
         assert attention_of(model) == "kvcompress"
     assert attention_of(model) == "sdpa"

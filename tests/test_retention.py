@@ -19,7 +19,9 @@ from kvcompress.retention import (
     union,
 )
 
-retentions = st.one_of(st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 12)))
+retentions = st.one_of(
+    st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 12), st.just(0), st.just(""))
+)
 
 
 @given(retentions, st.integers(0, 40))

@@ -12,7 +12,9 @@ from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan, flat, inverted, per_layer, shuffled, size_key, uniform_at
 from kvcompress.retention import FULL, PRUNED, Retention
 
-retentions = st.one_of(st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 99)))
+retentions = st.one_of(
+    st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 99), st.just(0), st.just(""))
+)
 layers = st.lists(st.tuples(retentions, retentions, retentions), min_size=2, max_size=5)
 TOKENS = 128
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.dataclasses import dataclass
 
 from kvcompress.artifacts import read_model, write_json
-from kvcompress.retention import ALIASES, HeadCompressionConfig, Retention, Strategy, require_each_once
+from kvcompress.retention import ALIAS_SCORE, ALIASES, HeadCompressionConfig, Retention, Strategy, require_each_once
 
 
 class HeadType(Enum):
@@ -24,7 +24,7 @@ class HeadType(Enum):
     SINK_MIXED = "sink_mixed"
 
 
-def _full_for_none(strategy: Any) -> Any:
+def _known_word(strategy: Any) -> Any:
     return ALIASES.get(strategy, strategy) if isinstance(strategy, str) else strategy
 
 
@@ -33,7 +33,9 @@ class HeadClassification:
     """The class of one query head and what the class table recommends for it.
 
     `confidence` is in [0, 1]; `recommended_window` counts keys (-1: no bound, 0: none); `compression_strategy` is one
-    of `sink_window`, `window_only`, `full`, `prune` (the published files' `none` is read as `full`).
+    of `sink_window`, `window_only`, `full`, `prune`, `select` (the published files' `none` is read as `full`, `snapkv`
+    as `select`). A head that selects names the number of keys and, unless it is SnapKV's, the score; all others leave
+    `select_size` and `score` out.
     """
 
     layer_idx: Annotated[int, Field(ge=0)]
@@ -46,7 +48,9 @@ class HeadClassification:
     keep_sinks: bool = False
     sink_size: Annotated[int, Field(ge=0)] = 4
     use_full_cache: bool = True
-    compression_strategy: Annotated[Strategy, BeforeValidator(_full_for_none)] = "full"
+    compression_strategy: Annotated[Strategy, BeforeValidator(_known_word)] = "full"
+    select_size: Annotated[int, Field(ge=0)] | None = None
+    score: str | None = None
 
     def __post_init__(self) -> None:
         self.config  # noqa: B018 (raises where strategy and window contradict)
@@ -54,6 +58,7 @@ class HeadClassification:
     @property
     def config(self) -> HeadCompressionConfig:
         """The same wish in the words of a retention plan."""
+        usual = ALIAS_SCORE if self.compression_strategy == "select" else ""
         return HeadCompressionConfig(
             self.layer_idx,
             self.head_idx,
@@ -61,6 +66,8 @@ class HeadClassification:
             self.keep_sinks,
             self.sink_size,
             self.recommended_window,
+            self.select_size or 0,
+            self.score or usual,
         )
 
     @property

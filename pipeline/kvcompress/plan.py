@@ -33,7 +33,7 @@ class PlanModel(BaseModel):
 
 
 class PlanHead(BaseModel):
-    """One line of a plan file."""
+    """One line of a plan file; `select_size` and `score` stand there only where keys are chosen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
@@ -41,6 +41,8 @@ class PlanHead(BaseModel):
     strategy: Strategy
     sink_size: int = Field(ge=0)
     window_size: int = Field(ge=-1)
+    select_size: int = Field(default=0, ge=0)
+    score: str = ""
 
     @model_validator(mode="after")
     def possible(self) -> "PlanHead":
@@ -49,8 +51,9 @@ class PlanHead(BaseModel):
 
     @property
     def config(self) -> HeadCompressionConfig:
+        sizes = self.sink_size, self.window_size, self.select_size
         return HeadCompressionConfig(
-            self.layer, self.kv_head, self.strategy, self.sink_size > 0, self.sink_size, self.window_size
+            self.layer, self.kv_head, self.strategy, self.sink_size > 0, *sizes, score=self.score
         )
 
 
@@ -152,7 +155,10 @@ class RetentionPlan:
             for j, kept in enumerate(layer):
                 config = HeadCompressionConfig.of(i, j, kept)
                 row = {"layer": i, "kv_head": j, "strategy": config.strategy}
-                heads.append(dumps({**row, "sink_size": config.sink_size, "window_size": config.window_size}))
+                row |= {"sink_size": config.sink_size, "window_size": config.window_size}
+                if kept.chosen:
+                    row |= {"select_size": config.select_size, "score": config.score}
+                heads.append(dumps(row))
         model = {
             "id": self.model_id,
             "num_layers": self.num_layers,

@@ -67,7 +67,9 @@ def validation_report(
 
     lines += section("COMPRESSION STRATEGY SUMMARY")
     strategies = Counter(head.compression_strategy for head in classes)
-    lines += [counted(strategy, strategies[strategy], total) for strategy in STRATEGIES]
+    # Strategies that no class recommends by itself stand there only where a file asks for them.
+    shown = [strategy for strategy in STRATEGIES if strategy != "select" or strategies[strategy]]
+    lines += [counted(strategy, strategies[strategy], total) for strategy in shown]
 
     compressible = sum(head.compression_strategy != "full" for head in classes)
     sinks = sum(head.keep_sinks for head in classes)
@@ -142,7 +144,8 @@ def kv_groups(info: ModelInfo, classes: Sequence[HeadClassification]) -> list[st
 def retention_word(kept: Retention) -> str:
     if kept.pruned:
         return "prune"
-    return "full" if kept.unbounded else f"{kept.sinks} + {kept.window}"
+    more = f" + {kept.chosen}" if kept.chosen else ""
+    return "full" if kept.unbounded else f"{kept.sinks} + {kept.window}{more}"
 
 
 def transitions(first_pass: Sequence[HeadClassification], refined: Sequence[HeadClassification]) -> list[str]:

@@ -28,11 +28,24 @@ class Desk:
     written: int
     scratch: Scratch | None = None
     appended: int = 0  # launches that stored their own column
+    _last: Tensor | None = None
 
     def advance(self) -> None:
         """Count one more column where the count is kept, so that a captured step goes on counting by itself."""
         self.seen.add_(1)
         self.written += 1
+        self._last = None
+
+    def write(self, seen: int) -> None:
+        """Let the device count `seen` columns."""
+        self.seen.fill_(seen)
+        self.written, self._last = seen, None
+
+    def last_column(self) -> Tensor:
+        """The last column seen, int64 `[1]` on the device, made once a step."""
+        if self._last is None:
+            self._last = self.seen.long() - 1
+        return self._last
 
 
 class Heads:
@@ -107,6 +120,9 @@ class Fused:
                 desk = Desk(torch.full((1,), seen, dtype=torch.int32, device=device), seen)
             self._desks[device] = desk
         if desk.written != seen:
-            desk.seen.fill_(seen)
-            desk.written = seen
+            desk.write(seen)
         return desk
+
+    def last_column(self, device: torch.device, seen: int) -> Tensor | None:
+        """The last of `seen` columns, int64 `[1]` on a device that counts by itself, None on one that does not."""
+        return self.desk(device, seen).last_column() if device in self._desks else None

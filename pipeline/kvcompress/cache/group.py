@@ -62,7 +62,7 @@ class Group:
     def append(self, keys: Tensor, values: Tensor, padding: Padding) -> None:
         """Store the next columns, `[batch, head, column, head_dim]`; a bounded head forgets what leaves its window."""
         new = keys.shape[2]
-        sinks, window = self.kept
+        sinks, window = self.kept[:2]
         if self.recording and self.capacity is not None and new > window:
             # Within one write no ring slot may be met twice, or the record could not tell what was there in between.
             for begin in range(0, new, window):
@@ -129,14 +129,19 @@ class Group:
         self.block.write(0, keys, values)
         self.seen = keys.shape[2]
 
+    def columns(self, device: torch.device) -> Tensor:
+        """The column in each slot in use, `[slot]`, where no row is padded."""
+        slots = torch.arange(self.filled, device=device)
+        if self.capacity is None:
+            return slots
+        sinks, window = self.kept[:2]
+        last = self.seen - 1
+        return torch.where(slots < sinks, slots, last - (last - slots) % window)
+
     def positions(self, padding: Padding, device: torch.device) -> Tensor:
         """The real position in each slot in use, `[batch or 1, slot]`; -1 where the slot holds nothing of its own."""
-        slots = torch.arange(self.filled, device=device)
-        sinks, window = self.kept
-        columns = slots
-        if self.capacity is not None:
-            last = self.seen - 1
-            columns = torch.where(slots < sinks, slots, last - (last - slots) % window)
+        sinks, columns = self.kept.sinks, self.columns(device)
+        slots = torch.arange(len(columns), device=device)
         pads = padding.on(device)
         if pads is None:
             return columns[None]
@@ -145,6 +150,12 @@ class Group:
             return torch.where(positions >= 0, positions, -1)
         ring = torch.where(positions >= sinks, positions, -1)
         return torch.where(slots < sinks, torch.where(slots + pads < self.seen, slots, -1), ring)
+
+    def held_positions(self, row: int, padding: Padding) -> list[list[int]]:
+        """Real positions that each head holds in one row of the batch, ascending, `[head][...]`."""
+        at = self.positions(padding, torch.device("cpu"))
+        of_row = at[row if at.shape[0] > 1 else 0]
+        return [sorted(of_row[of_row >= 0].tolist())] * len(self.heads)
 
     def settled(self, padding: Padding) -> bool:
         """Whether every slot in use holds a key of its own in every row, so that reading it needs no mask."""
@@ -189,7 +200,7 @@ class Group:
             self.block.reserve(allocated_slots(self.kept, columns), keys, values)
 
     def _slot(self, column: int) -> int:
-        sinks, window = self.kept
+        sinks, window = self.kept[:2]
         return column if column < sinks else sinks + (column - sinks) % window
 
     def _write_sinks(self, start: int, keys: Tensor, values: Tensor, padding: Padding) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvcompress.cache.choices import Choosing
 from kvcompress.cache.fused import Fused
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import MaskLength, Padding
@@ -40,6 +41,7 @@ class Shared:
     padding: Padding = field(default_factory=Padding)
     meter: Meter = field(default_factory=Meter)
     fused: Fused = field(default_factory=Fused)
+    choosing: Choosing = field(default_factory=Choosing)
 
     def __post_init__(self) -> None:
         if self.prefill not in ("exact", "streaming"):
@@ -94,6 +96,22 @@ class CompressedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of K and V that this layer holds now: the size of the real storage."""
         return sum(group.nbytes for group in self.groups)
+
+    @property
+    def evidence_nbytes(self) -> int:
+        """Bytes of what is kept besides K and V to choose keys by."""
+        return 0
+
+    @property
+    def standing_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors besides the groups' that a decode step writes."""
+        return ()
+
+    def prepare(self) -> None:
+        """Before a step: do what a captured step leaves out."""
+
+    def require_recordable(self) -> None:
+        """Raise `CacheUseError` where what the rings overwrite cannot be kept."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all (columns, where the batch is padded)."""

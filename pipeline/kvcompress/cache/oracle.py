@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from kvcompress.cache.choices import Choice, Choices, of_head
 from kvcompress.errors import CacheUseError, InputError
 from kvcompress.retention import Retention
 from kvcompress.switching import use_attention
@@ -23,10 +24,10 @@ NAME = "kvcompress_oracle"
 
 
 class _Verdict:
-    """What the KV heads of one layer keep, and up to which column the prompt attends in full."""
+    """What the KV heads of one layer keep, up to which column the prompt attends in full, and what heads chose."""
 
-    def __init__(self, kept: Sequence[Retention], prompt_length: int) -> None:
-        self.kept, self.prompt_length = kept, prompt_length
+    def __init__(self, kept: Sequence[Retention], prompt_length: int, choices: list[Choice]) -> None:
+        self.kept, self.prompt_length, self.choices = kept, prompt_length, choices
 
 
 _VERDICTS: "WeakKeyDictionary[nn.Module, _Verdict]" = WeakKeyDictionary()
@@ -40,6 +41,20 @@ def head_mask(kept: Retention, positions: Tensor) -> Tensor:
     if kept.unbounded:
         return key <= query
     return (key <= query) & ((key < kept.sinks) | (key > query - kept.window))
+
+
+def choice_mask(choices: list[Choice], head: int, positions: Tensor) -> Tensor:
+    """Which keys a head that selects sees besides sinks and window, bool `[batch, query, key]`, later keys included.
+
+    Before the first choice these are all. After one they are what it chose, and what it let go until that is overwritten.
+    """
+    batch, length = positions.shape
+    seen = torch.ones(batch, length, length, dtype=torch.bool, device=positions.device)
+    for column, chosen, leaving in of_head(choices, head):
+        for query in range(column, length):  # until the next choice, which writes its own over it
+            now = torch.cat((chosen, leaving[:, query - column + 1 :]), dim=1).to(positions.device)
+            seen[:, query] = (positions[:, :, None] == now[:, None, :]).any(-1)
+    return seen
 
 
 def oracle_attention(
@@ -71,6 +86,10 @@ def oracle_attention(
     for head in range(query_heads):
         kv_head = head // (query_heads // key.shape[1])
         seen = head_mask(verdict.kept[kv_head], positions) | in_prompt[None, :, None]
+        if verdict.kept[kv_head].chosen:
+            seen = seen | choice_mask(verdict.choices, kv_head, positions) & (
+                positions[:, :, None] >= positions[:, None, :]
+            )
         seen = seen & attention_mask[:, 0] & real[:, None, :]
         scores = query[:, head].to(exact) @ key[:, kv_head].to(exact).transpose(1, 2)
         scores = scores * (size**-0.5 if scaling is None else scaling)
@@ -96,18 +115,24 @@ def judged(
     layers: Sequence[Sequence[Retention]],
     prefill: str = "streaming",
     prompt_length: int | None = None,
+    choices: Choices | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Let `model`'s heads see, in one pass with `use_cache=False`, what `layers[layer][kv_head]` lets them see.
 
-    With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does.
+    With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does. What heads that
+    select see is not in their retention: `choices` replays what a cache chose (`recorded_choices`).
     """
+    if choices is None and any(kept.chosen for layer in layers for kept in layer):
+        raise InputError("heads of this plan select keys: give judged the choices that a cache recorded")
     if (prefill == "exact") != (prompt_length is not None) or prefill not in ("exact", "streaming"):
         raise InputError(f"prefill is {prefill!r} with prompt_length {prompt_length}: only 'exact' has, and needs, one")
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     if {module.layer_idx for module in modules} != set(range(len(layers))):
         raise InputError(f"the plan has {len(layers)} layers, the model has {len({m.layer_idx for m in modules})}")
     for module in modules:
-        _VERDICTS[module] = _Verdict(layers[int(module.layer_idx)], prompt_length or 0)
+        _VERDICTS[module] = _Verdict(
+            layers[int(module.layer_idx)], prompt_length or 0, choices[int(module.layer_idx)] if choices else []
+        )
     before = model.config._attn_implementation
     use_attention(model, NAME)
     try:

@@ -27,11 +27,11 @@ def clipped(kept: Retention, limit: int | None) -> Retention:
     """What is worth holding where the model itself sees no further back than `limit` keys: nothing it cannot see.
 
     Sinks are given up only where the window reaches the limit; before that the reading hides them once they are out of
-    the model's sight.
+    the model's sight. A head that selects and has slots for all that the model sees holds just that.
     """
     if limit is None or kept.pruned:
         return kept
-    if kept.unbounded or kept.window >= limit:
+    if kept.unbounded or kept.window >= limit or (kept.chosen and kept.sinks + kept.window + kept.chosen >= limit):
         return Retention(0, limit)
     return kept
 
@@ -47,13 +47,16 @@ class RaggedLayer(CompressedLayer):
         for head, keeps in enumerate(self.kept):
             if not keeps.pruned:
                 alike.setdefault(keeps, []).append(head)
-        self._blocks = [Group(keeps, heads, shared.meter) for keeps, heads in alike.items()]
+        self._blocks = [self._group(keeps, heads) for keeps, heads in alike.items()]
         self._indices: list[Index] = [_index(group.heads) for group in self._blocks]
         self._places = Heads(self.heads)
         self._whole = len(self._blocks) == 1 and len(self._blocks[0].heads) == self.heads
         # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
         self._prompt = Group(FULL, range(self.heads), shared.meter) if shared.prompt_length else None
         self._in_prompt = shared.prefill == "exact"
+
+    def _group(self, keeps: Retention, heads: list[int]) -> Group:
+        return Group(keeps, heads, self.shared.meter)
 
     @property
     def groups(self) -> list[Group]:
@@ -67,10 +70,8 @@ class RaggedLayer(CompressedLayer):
         """Real positions that every KV head holds in one row of the batch, ascending."""
         positions: list[list[int]] = [[] for _ in range(self.heads)]
         for group in self.groups:
-            at = group.positions(self.shared.padding, torch.device("cpu"))
-            of_row = at[row if at.shape[0] > 1 else 0]
-            for head in group.heads if group.filled else ():
-                positions[head] = sorted(of_row[of_row >= 0].tolist())
+            for head, held in zip(group.heads, group.held_positions(row, self.shared.padding), strict=True):
+                positions[head] = held
         return positions
 
     def keeps_like(self, other: CompressedLayer) -> bool:

@@ -47,6 +47,11 @@ class RaggedCache(Cache):
         """
         return self.shared.meter.peak
 
+    @property
+    def evidence_nbytes(self) -> int:
+        """Bytes kept besides K and V by heads that choose keys: the last queries, positions, sums of attention."""
+        return sum(layer.evidence_nbytes for layer in self.compressed_layers)
+
     def held(self) -> list[list[int]]:
         """Tokens held, `[layer][kv_head]` (columns, where the batch is padded)."""
         return [layer.held() for layer in self.compressed_layers]
@@ -117,6 +122,12 @@ class RaggedCache(Cache):
                 )
         for layer in self.compressed_layers:
             layer.crop(-tokens)
+
+    def activate_past_recording(self) -> None:
+        """Keep what is overwritten until the next `crop`. Raises `CacheUseError` where heads choose keys by content."""
+        for layer in self.compressed_layers:
+            layer.require_recordable()
+        super().activate_past_recording()
 
     def reset(self) -> None:
         """Forget everything, free the storage, and start as new."""

@@ -24,22 +24,21 @@ class Rotation:
         self.dim, self.theta = dim, theta
 
     @classmethod
-    def of(cls, config: Any) -> "Rotation":
-        """The rotation of a model. Raises `UnsupportedModelError` where positions inside the cache cannot be had."""
+    def of(cls, config: Any, asker: str = 'positions="cache"') -> "Rotation":
+        """The rotation of a model. Raises `UnsupportedModelError`, in the name of who asks, where it is not known."""
         config = config.get_text_config(decoder=True)
         if config.model_type not in HALF_SPLIT:
             raise UnsupportedModelError(
-                f'positions="cache" knows the rotary embedding of {", ".join(sorted(HALF_SPLIT))}, not of'
-                f" {config.model_type!r}"
+                f"{asker} knows the rotary embedding of {', '.join(sorted(HALF_SPLIT))}, not of {config.model_type!r}"
             )
         rope = getattr(config, "rope_parameters", None) or {}
         kind = rope.get("rope_type", "default")
         if kind != "default" or "rope_theta" not in rope:
-            raise UnsupportedModelError(f'positions="cache" needs the plain rotary embedding, this model has {kind!r}')
+            raise UnsupportedModelError(f"{asker} needs the plain rotary embedding, this model has {kind!r}")
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dim = int(head * rope.get("partial_rotary_factor", 1.0))
         if dim % 2:
-            raise UnsupportedModelError(f'positions="cache" needs an even number of rotary dimensions, not {dim}')
+            raise UnsupportedModelError(f"{asker} needs an even number of rotary dimensions, not {dim}")
         return cls(dim, float(rope["rope_theta"]))
 
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:

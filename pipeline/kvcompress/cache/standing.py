@@ -47,7 +47,7 @@ class StandingCache(ABC):
         return nullcontext()
 
     def open(self) -> None:  # noqa: B027
-        """Before a step, where that is not captured: let the device's count be that of Python."""
+        """Before a step, outside what is captured: let the device's count be that of Python, and keys be chosen."""
 
     @abstractmethod
     def advance(self) -> None:
@@ -110,6 +110,8 @@ class Standing(StandingCache):
         return self.cache.shared.fused.desk(self.device, self.seen)
 
     def open(self) -> None:
+        for layer in self.layers:
+            layer.prepare()
         self._before = self._desk().appended
 
     def advance(self) -> None:
@@ -138,6 +140,7 @@ class Standing(StandingCache):
 
     def pieces(self) -> list[object]:
         tensors = [tensor for group in self.groups for tensor in group.block.tensors]
+        tensors += [tensor for layer in self.layers for tensor in layer.standing_tensors]
         return [self.pads, self._desk().scratch, *tensors]
 
     def undo(self) -> Callable[[], None]:

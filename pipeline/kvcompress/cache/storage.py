@@ -86,6 +86,13 @@ class Block:
         self._pair[0].narrow(2, slot, keys.shape[2]).copy_(keys)
         self._pair[1].narrow(2, slot, values.shape[2]).copy_(values)
 
+    def move(self, source: Tensor, into: Tensor) -> None:
+        """Let the slots `into` hold what the slots `source` hold now, `[batch, head, slot]` each, all of `into` different."""
+        assert self._pair is not None
+        for tensor in self._pair:
+            rows = tensor.gather(2, source[..., None].expand(-1, -1, -1, tensor.shape[3]))
+            tensor.scatter_(2, into[..., None].expand(-1, -1, -1, tensor.shape[3]), rows)
+
     def take(self, slots: list[int]) -> "Block":
         """A copy of some slots as a block of its own."""
         assert self._pair is not None

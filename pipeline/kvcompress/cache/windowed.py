@@ -50,7 +50,7 @@ def attend_windowed(group: Group, query: Tensor, keys: Tensor, values: Tensor, s
 
 def _recent(held: Tensor, fresh: Tensor, group: Group) -> Tensor:
     """All columns in a new query's window, those of the ring in text order, `[batch, key, kv_head, head_dim]`."""
-    (sinks, window), seen = group.kept, group.seen
+    (sinks, window), seen = group.kept[:2], group.seen
     pieces = [fresh]
     if max(seen - window + 1, sinks) < seen:
         begin, end = (max(seen - window + 1, sinks) - sinks) % window, (seen - 1 - sinks) % window + 1  # in the ring

@@ -11,6 +11,7 @@ or, a pass at a time, `past = compressor.compress(model(ids, past_key_values=pas
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention
+from kvcompress.cache.choices import Choosing
+from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.convert import convert
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
 from kvcompress.cache.ragged import RaggedLayer
@@ -54,7 +57,7 @@ class Compressor(ABC):
         or the first `prompt_length` tokens (padded columns) where it is fed in chunks. `"streaming"`: every query sees
         its head's keys alone, and memory is bounded at any length.
         """
-        shared = Shared(prefill, prompt_length, self._rotation(config))
+        shared = Shared(prefill, prompt_length, self._rotation(config), choosing=self._choosing(config))
         return self._cache(ModelShape.of_config(config), shared)
 
     def compress(self, past_key_values: Cache, attention_mask: Tensor | None = None, config: Any = None) -> RaggedCache:
@@ -71,7 +74,7 @@ class Compressor(ABC):
         if config is None and self.positions == "cache":
             raise InputError('positions="cache" has to know the rotary embedding: pass config=model.config to compress')
         shape = ModelShape.of_cache(past_key_values)
-        shared = Shared("exact", None, self._rotation(config))
+        shared = Shared("exact", None, self._rotation(config), choosing=self._choosing(config))
         cache = self._cache(shape, shared)
         return convert(past_key_values, cache, attention_mask)
 
@@ -81,7 +84,8 @@ class Compressor(ABC):
 
         Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
         """
-        self._cache(ModelShape.of_config(model.config), Shared(rotation=self._rotation(model.config)))
+        shared = Shared(rotation=self._rotation(model.config), choosing=self._choosing(model.config))
+        self._cache(ModelShape.of_config(model.config), shared)
         with attention.attached(model):
             yield model
 
@@ -94,11 +98,15 @@ class Compressor(ABC):
     def _rotation(self, config: Any) -> Rotation | None:
         return Rotation.of(config) if self.positions == "cache" else None
 
+    def _choosing(self, config: Any) -> Choosing:
+        """How heads that select do it, for the model with this config (None: not known)."""
+        return Choosing()
+
     def _require_own(self, cache: RaggedCache) -> None:
         """Raise unless `cache` keeps what this method would keep."""
         layers = cache.compressed_layers
         shape = ModelShape(len(layers), layers[0].heads, None, tuple(layer.limit for layer in layers))
-        wanted = self._cache(shape, Shared()).compressed_layers
+        wanted = self._cache(shape, Shared(choosing=self._choosing(None))).compressed_layers
         renumbered = cache.shared.rotation is not None
         same = all(layer.keeps_like(other) for layer, other in zip(layers, wanted, strict=True))
         if not same or renumbered != (self.positions == "cache"):
@@ -106,7 +114,12 @@ class Compressor(ABC):
 
 
 class PlanCompressor(Compressor):
-    """A method that says beforehand what each KV head keeps."""
+    """A method that says beforehand what each KV head keeps, or how many keys it may choose.
+
+    `choosing`: how heads that select choose; the model's rotary embedding is added to it where a score needs that.
+    """
+
+    choosing = Choosing()
 
     @abstractmethod
     def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
@@ -119,7 +132,22 @@ class PlanCompressor(Compressor):
 
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
         rows = zip(self.retention(shape), shape.limits, strict=True)
-        return [RaggedLayer(kept, shared, limit) for kept, limit in rows]
+        return [
+            ChoosingLayer(kept, shared, limit)
+            if any(head.chosen for head in kept)
+            else RaggedLayer(kept, shared, limit)
+            for kept, limit in rows
+        ]
+
+    def scores(self) -> set[str]:
+        """Names of the scores that heads select by."""
+        return set()
+
+    def _choosing(self, config: Any) -> Choosing:
+        for name in sorted(self.scores()):
+            if self.choosing.score(name).needs_rotation and config is not None:
+                return replace(self.choosing, rotation=Rotation.of(config, f"score {name!r}"))
+        return self.choosing
 
 
 class UniformCompressor(PlanCompressor):
@@ -131,6 +159,9 @@ class UniformCompressor(PlanCompressor):
 
     def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
         return [[self.uniform] * shape.kv_heads] * shape.layers
+
+    def scores(self) -> set[str]:
+        return {self.uniform.score} - {""}
 
 
 def require_count(name: str, value: int, least: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import InputError
@@ -30,7 +31,8 @@ class HeadAwareCompressor(PlanCompressor):
     `made_for`: the number of query heads of the model that KV heads' wishes were made for, None for any.
 
     `join` names the rule for the query heads of one KV head ("union" or "intersection"). `skip_layers` stay full.
-    Raises `InputError` for layers of unequal width or an unknown rule.
+    `choosing` says how heads that select do it: how often, and by how many of the last queries.
+    Raises `InputError` for layers of unequal width, an unknown rule or an unknown score.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class HeadAwareCompressor(PlanCompressor):
         join: str = "union",
         skip_layers: Iterable[int] = (),
         made_for: int | None = None,
+        choosing: Choosing | None = None,
     ) -> None:
         super().__init__(skip_layers)
+        self.choosing = choosing or Choosing()
         if not wishes or len({len(layer) for layer in wishes}) != 1:
             raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
         if join not in JOINS:
@@ -50,20 +54,30 @@ class HeadAwareCompressor(PlanCompressor):
         self.wishes = tuple(tuple(layer) for layer in wishes)
         self.made_for = made_for
         self.query_heads, self.join = query_heads, join
+        for name in self.scores():
+            self.choosing.score(name)
 
     @classmethod
     def from_classifications(
-        cls, path: str | Path, join: str = "union", skip_layers: Iterable[int] = ()
+        cls,
+        path: str | Path,
+        join: str = "union",
+        skip_layers: Iterable[int] = (),
+        choosing: Choosing | None = None,
     ) -> "HeadAwareCompressor":
         """From a classification file, as this project or the published study wrote it. Raises `InputError`."""
         rows = load_classifications(path).layers
-        return cls([[head.retention for head in layer] for layer in rows], join=join, skip_layers=skip_layers)
+        wishes = [[head.retention for head in layer] for layer in rows]
+        return cls(wishes, join=join, skip_layers=skip_layers, choosing=choosing)
 
     @classmethod
-    def from_plan(cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = ()) -> "HeadAwareCompressor":
+    def from_plan(
+        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: Choosing | None = None
+    ) -> "HeadAwareCompressor":
         """From a retention plan or its file. Raises `InputError`."""
         plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
-        return cls(plan.layers, query_heads=False, skip_layers=skip_layers, made_for=plan.num_attention_heads)
+        made_for = plan.num_attention_heads
+        return cls(plan.layers, query_heads=False, skip_layers=skip_layers, made_for=made_for, choosing=choosing)
 
     @classmethod
     def from_model_config(
@@ -73,11 +87,19 @@ class HeadAwareCompressor(PlanCompressor):
         sink_size: int = 4,
         window_size: int = 8,
         skip_layers: Iterable[int] = (),
+        select_size: int = 0,
+        score: str = "",
+        choosing: Choosing | None = None,
     ) -> "HeadAwareCompressor":
         """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
         shape = ModelShape.of_config(config)
-        kept = HeadCompressionConfig(0, 0, default_strategy, True, sink_size, window_size).retention
-        return cls([[kept] * shape.kv_heads] * shape.layers, query_heads=False, skip_layers=skip_layers)
+        sizes = sink_size, window_size, select_size
+        kept = HeadCompressionConfig(0, 0, default_strategy, True, *sizes, score=score).retention
+        wishes = [[kept] * shape.kv_heads] * shape.layers
+        return cls(wishes, query_heads=False, skip_layers=skip_layers, choosing=choosing)
+
+    def scores(self) -> set[str]:
+        return {kept.score for layer in self.wishes for kept in layer if kept.chosen}
 
     def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
         if len(self.wishes) != shape.layers:
@@ -98,12 +120,15 @@ class HeadAwareCompressor(PlanCompressor):
     def get_compression_summary(self) -> dict[str, Any]:
         """Counts over all heads (of `heads_are`), skipped layers counted as full.
 
-        `mean_bounded_slots` is the mean of sinks + window over the heads with a bound, None without such a head.
+        `mean_bounded_slots` is the mean of sinks + window + chosen keys over the heads with a bound, None without such a
+        head. `chosen_keys` and `scores` stand there only where heads select: keys chosen in all, and heads by score.
         """
         full = Retention(0, UNBOUNDED)
         heads = [full if i in self.skip_layers else kept for i, layer in enumerate(self.wishes) for kept in layer]
         strategies = Counter(HeadCompressionConfig.of(0, 0, kept).strategy for kept in heads)
         slots = [kept.capacity for kept in heads if kept.capacity]
+        scores = Counter(kept.score for kept in heads if kept.chosen)
+        selecting = {"chosen_keys": sum(kept.chosen for kept in heads), "scores": dict(sorted(scores.items()))}
         return {
             "num_layers": len(self.wishes),
             "heads_per_layer": len(self.wishes[0]),
@@ -114,6 +139,7 @@ class HeadAwareCompressor(PlanCompressor):
             "heads_with_sinks": sum(kept.sinks > 0 for kept in heads),
             "mean_bounded_slots": sum(slots) / len(slots) if slots else None,
             "skip_layers": sorted(self.skip_layers),
+            **(selecting if scores else {}),
         }
 
 

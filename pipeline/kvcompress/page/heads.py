@@ -50,7 +50,8 @@ def price_table(prices: Prices, plans: Plans, context: int) -> list[list[str]]:
 
 def slots_text(kept: Retention, context: int) -> str:
     held = f"{kept.held(context):,}"
-    return f"{held} (all)" if kept.unbounded else f"{held} ({kept.sinks} + {kept.window})"
+    more = f" + {kept.chosen} by {kept.score}" if kept.chosen else ""
+    return f"{held} (all)" if kept.unbounded else f"{held} ({kept.sinks} + {kept.window}{more})"
 
 
 def grid(rows: Prices, value: str) -> Grid:

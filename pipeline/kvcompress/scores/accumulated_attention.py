@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvcompress.scores.attention import received
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score
 
@@ -26,6 +25,10 @@ class AccumulatedAttention(Score):
     def needs_queries(self) -> bool:
         return True
 
+    @property
+    def accumulates(self) -> bool:
+        return True
+
     def rank(self, held: Held) -> Tensor:
-        found = received(held)
+        found = held.received
         return found.total / found.queries.clamp_min(1) if self.per_query else found.total

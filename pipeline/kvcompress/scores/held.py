@@ -72,6 +72,13 @@ class Held:
         """Which keys the choice is between, bool `[batch, kv_head, key]`."""
         return self.real if self.stays is None else self.real & ~self.stays
 
+    @cached_property
+    def received(self) -> Received:
+        """What the keys received from all queries at hand and before; see `kvcompress.scores.received`."""
+        from kvcompress.scores.attention import received  # which knows this file
+
+        return received(self)
+
     @property
     def grouped_queries(self) -> Tensor:
         """The queries by KV head, float32 `[batch, kv_head, group, query, head_dim]`."""

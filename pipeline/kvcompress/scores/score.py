@@ -29,6 +29,16 @@ class Score(ABC):
         """Whether it looks at vectors before rotation."""
         return False
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether it goes on from `held.earlier`, so that a query must come to it once and no more."""
+        return False
+
+    @property
+    def looks_back(self) -> int | None:
+        """How many of the last queries it looks at, None for all."""
+        return None
+
     @torch.no_grad()
     def __call__(self, held: Held) -> Tensor:
         name = type(self).__name__

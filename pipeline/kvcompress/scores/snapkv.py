@@ -38,6 +38,10 @@ class SnapKV(Score):
     def needs_queries(self) -> bool:
         return True
 
+    @property
+    def looks_back(self) -> int | None:
+        return self.window
+
     def rank(self, held: Held) -> Tensor:
         found = received(held, self.window)
         mean = found.total / found.queries.clamp_min(1)

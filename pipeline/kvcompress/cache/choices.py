@@ -1,0 +1,84 @@
+"""How a cache chooses keys by content, and the record of what it chose.
+
+This is where the strategy `select` is defined. A head holds s sinks, the last w keys and k chosen ones, each once, in
+just s + w + k slots; until as many tokens were seen it holds all. From then on it chooses anew every r = min(`every`, w)
+tokens. Candidates are the k chosen keys and the r oldest of the window, which the next r tokens will push out one by one.
+The k best of them become the chosen keys. The others stay where the next tokens will overwrite them: a window key in its
+own place, so that it is seen for as long as the window reaches, a key that is no longer chosen in the place of one that
+now is, the worst in the place that goes first. So a choice moves rows and copies none: nothing is held twice, no slot is
+empty, and between two choices a decode step is that of a window of s + k sinks and w keys.
+
+At the end of an exact prefill the k best of all older keys are taken, and the same scores decide at once between these
+and the r oldest of the window. Scores rank by all queries of the prompt there, and by the last `observe` afterwards:
+of a question that comes after the prompt nothing is known when the prompt's keys are chosen. Each row of a batch and each
+head chooses for itself; a choice never depends on how a text was cut into passes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvcompress.cache.rotation import Rotation
+from kvcompress.errors import InputError
+from kvcompress.scores.score import Score, require_at_least
+from kvcompress.scores.table import make_score
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """every: tokens between two choices of a head, where its window is not shorter.
+    observe: last queries that a choice while streaming or decoding goes by. They are kept, for scores that need any, in
+        the model's own precision: `[batch, query_head, observe, head_dim]` a layer, which `evidence_nbytes` counts.
+    scores: by name, for those that shall not have their default parameters.
+    rotation: the model's rotary embedding, for scores that look at vectors before it; None where it is unknown.
+
+    Raises `InputError` for numbers below 1.
+    """
+
+    every: int = 128
+    observe: int = 64
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(1, every=self.every, observe=self.observe)
+
+    def score(self, name: str) -> Score:
+        """The score of that name. Raises `InputError` for one that is not known."""
+        return self.scores[name] if name in self.scores else make_score(name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the heads `heads` of one layer chose when `column` columns had been seen; positions are real ones.
+
+    chosen: `[batch, head, k]`. leaving: `[batch, head, r]`, -1 where nothing of its own; the i-th is overwritten by, and
+    so not seen from, column `column + i`. Empty slots of a padded row, not yet reached, are named in `chosen` already.
+    """
+
+    column: int
+    heads: tuple[int, ...]
+    chosen: Tensor
+    leaving: Tensor
+
+
+Choices = list[list[Choice]]  # [layer], in order of time
+
+
+def of_head(choices: list[Choice], head: int) -> list[tuple[int, Tensor, Tensor]]:
+    """(column, chosen `[batch, k]`, leaving `[batch, r]`) of every choice of one KV head, in order of time."""
+    return [
+        (choice.column, choice.chosen[:, choice.heads.index(head)], choice.leaving[:, choice.heads.index(head)])
+        for choice in choices
+        if head in choice.heads
+    ]
+
+
+def require_free_of_queries(score: str, choosing: Choosing) -> None:
+    """Raise `InputError` where a score ranks by queries, which a cache filled elsewhere does not have."""
+    if choosing.score(score).needs_queries:
+        raise InputError(
+            f"score {score!r} ranks keys by queries, and a cache that is compressed afterwards has none: start with"
+            " new_cache, or choose by key_norm or key_diff"
+        )

@@ -1,0 +1,184 @@
+"""A group whose heads hold keys chosen by content; `choices` says by which rule.
+
+To whoever reads or writes it, it is a group of s + k sinks and a window of w, ring and all: the chosen keys lie in the
+last k of these slots that the ring never meets. All that it has of its own happens between two passes: it exchanges rows
+of those slots with rows of the ring. `positions` goes on saying what a slot's column would be without that, which is
+what decides how long a row of the ring is seen; `places` says what really lies there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache.choices import Choice, Choosing
+from kvcompress.cache.group import Group
+from kvcompress.cache.padding import Padding
+from kvcompress.cache.rotation import Rotation
+from kvcompress.cache.storage import Meter, storage_bytes
+from kvcompress.errors import CacheUseError
+from kvcompress.retention import Retention
+from kvcompress.scores.choosing import WORST, best
+from kvcompress.scores.held import Held
+from kvcompress.scores.history import Received
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What scores know besides keys: the queries `[batch, kv_head, group, query, head_dim]` of the columns just before
+    the choice (None for scores that need none), what multiplies products of queries and keys, padding and rotation."""
+
+    queries: Tensor | None
+    scaling: float
+    padding: Padding
+    rotation: Rotation | None
+
+
+class ChoosingGroup(Group):
+    """Storage of the KV heads `heads`, which all keep `wanted`; `due` is the column before which they choose next."""
+
+    def __init__(self, wanted: Retention, heads: Iterable[int], meter: Meter, choosing: Choosing) -> None:
+        super().__init__(Retention(wanted.sinks + wanted.chosen, wanted.window), heads, meter)
+        self.wanted, self.score = wanted, choosing.score(wanted.score)
+        self.every = min(choosing.every, wanted.window)
+        self.record: list[Choice] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self.capacity is not None
+        self.due = self.capacity
+        self._chosen_at = 0
+        self._places: Tensor | None = None  # int32 [batch, head, slot], as they were after the last choice
+        self._earlier: Received | None = None  # of the same slots, for scores that accumulate
+
+    @property
+    def evidence_nbytes(self) -> int:
+        """Bytes kept besides K and V."""
+        sums = () if self._earlier is None else (self._earlier.total, self._earlier.queries)
+        return storage_bytes((*sums, *(() if self._places is None else (self._places,))))
+
+    def places(self, padding: Padding, device: torch.device) -> Tensor:
+        """The real position of the key in each slot in use, int64 `[batch or 1, head, slot]`; -1 as in `positions`."""
+        expected = self.positions(padding, device)[:, None]
+        if self._places is None:
+            return expected.expand(-1, len(self.heads), -1)
+        old = self.columns(device) < self._chosen_at
+        places = torch.where(old, self._places.to(device).long(), expected)
+        return places.masked_fill(expected < 0, -1)
+
+    def held_positions(self, row: int, padding: Padding) -> list[list[int]]:
+        places = self.places(padding, torch.device("cpu"))
+        return [sorted(of[of >= 0].tolist()) for of in places[row if len(places) > 1 else 0]]
+
+    def choose(self, evidence: Evidence) -> None:
+        """Choose anew, all slots being in use."""
+        keys, values = self.read()
+        places = self.places(evidence.padding, keys.device)
+        earlier = self._earlier
+        if earlier is not None:
+            fresh = self.columns(keys.device) >= self._chosen_at
+            earlier = Received(earlier.total.masked_fill(fresh, 0), earlier.queries.masked_fill(fresh, 0))
+        held = self._held(keys, values, places, evidence, earlier)
+        scores = self.score(held)
+        self._earlier = held.received if self.score.accumulates else None
+        self._settle(scores, places, evidence.padding)
+
+    def choose_of_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
+        """Take the best of all columns of a prompt, `[batch, head, column, head_dim]`, which has just been appended."""
+        sinks, window, chosen, _ = self.wanted
+        assert self.capacity is not None
+        seen, device = self.seen, keys.device
+        columns = torch.arange(seen, device=device)
+        pads = evidence.padding.on(device)
+        pads = columns.new_zeros(1, 1) if pads is None else pads  # [batch or 1, 1]
+        real = (columns - pads)[:, None]  # [batch or 1, 1, column]
+        held = self._held(keys, values, real.clamp_min(-1), evidence, None)
+        scores = self.score(held)
+        # A row that has slots for all its tokens has them there already.
+        short = (seen - pads <= self.capacity)[:, None]
+        older = (real >= sinks) & (real < (seen - pads - window)[:, None])
+        index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
+        there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
+        index = torch.where(short, there, index)
+        at = index[..., None]
+        self.block.write(
+            sinks, *(tensor.gather(2, at.expand(*at.shape[:3], tensor.shape[3])) for tensor in (keys, values))
+        )
+        # Which column lies in which slot, and with it its position, its score and what it received.
+        front = (pads + torch.arange(sinks, device=device)).clamp_max(seen - 1)[:, None].expand(*index.shape[:2], -1)
+        ring = self.columns(device)[sinks + chosen :].expand(*index.shape[:2], -1)
+        source = torch.cat((front, index, ring), dim=-1)
+        places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
+        self._earlier = held.received.take(source) if self.score.accumulates else None
+        self._settle(scores.gather(-1, source), places, evidence.padding)
+
+    def _held(self, keys: Tensor, values: Tensor, places: Tensor, evidence: Evidence, earlier: Received | None) -> Held:
+        sinks, window = self.wanted[:2]
+        ends = torch.full((1, 1), self.seen, device=keys.device)
+        pads = evidence.padding.on(keys.device)
+        lengths = ends if pads is None else ends - pads
+        queries, at = evidence.queries, None
+        if queries is not None:
+            if self.score.accumulates:
+                queries = queries[:, :, :, -(self.seen - self._chosen_at) :]
+            at = lengths - torch.arange(queries.shape[3], 0, -1, device=keys.device)
+            queries = queries.flatten(1, 2)
+        stays = (places < sinks) | (places >= (lengths - window + self.every)[:, None])
+        return Held(
+            keys, values, places, evidence.scaling, queries, at, evidence.rotation, stays=stays, earlier=earlier
+        )
+
+    def _settle(self, scores: Tensor, places: Tensor, padding: Padding) -> None:
+        """Exchange rows so that the best lie in the slots of chosen keys; scores and places `[.., head, slot]`."""
+        sinks, window, chosen, _ = self.wanted
+        device, end = scores.device, sinks + chosen
+        goes = end + (torch.arange(self.seen - window, self.seen - window + self.every, device=device) - end) % window
+        places = places.expand(scores.shape)
+        # In a padded row the ring may hold pads, and second copies of what lies in the slots before it.
+        empty = (self.positions(padding, device)[:, goes] < end)[:, None]
+        ranked = torch.cat((scores[..., sinks:end], scores[..., goes]), dim=-1)
+        none = torch.zeros(*empty.shape[:2], chosen, dtype=torch.bool, device=device)
+        taken = torch.zeros_like(ranked, dtype=torch.bool)
+        taken.scatter_(-1, best(ranked, chosen, torch.cat((none, empty), dim=-1)), True)
+        stay, enter = taken[..., :chosen], taken[..., chosen:]
+        # The i-th pair: of those that have to go the i-th worst, of those that enter the i-th oldest.
+        pairs = min(chosen, self.every)
+        leave = ranked[..., :chosen].nan_to_num(nan=WORST, neginf=WORST).argsort(dim=-1, stable=True)
+        leave = leave.gather(-1, stay.gather(-1, leave).byte().argsort(dim=-1, stable=True))[..., :pairs] + sinks
+        come = goes[(~enter).byte().argsort(dim=-1, stable=True)[..., :pairs]]
+        real = torch.arange(pairs, device=device) < enter.sum(-1, keepdim=True)
+        into, source = torch.cat((leave, come), dim=-1), torch.cat((come, leave), dim=-1)
+        source = torch.where(torch.cat((real, real), dim=-1), source, into)
+        self.block.move(source, into)
+        slots = torch.arange(scores.shape[-1], device=device)
+        moved = slots.expand(scores.shape).scatter(-1, into, source)
+        if self._earlier is not None:
+            self._earlier = self._earlier.take(moved)
+        # Of a padded row's slots not reached yet it is known what they will hold.
+        places = torch.where((slots < end) & (places < 0), slots, places)
+        self._places = places.gather(-1, moved).int()
+        if self.record is not None:
+            now = self._places.clone()
+            self.record.append(Choice(self.seen, tuple(self.heads), now[..., sinks:end], now[..., goes]))
+        self._chosen_at, self.due = self.seen, self.seen + self.every
+
+    def can_crop(self, tokens: int) -> bool:
+        return tokens == 0 or (self._places is None and super().can_crop(tokens))
+
+    def crop(self, tokens: int) -> None:
+        if not self.can_crop(tokens):
+            raise CacheUseError(f"a KV head that has chosen among its keys cannot take back {tokens} tokens")
+        super().crop(tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self._begin()
+
+    def select_rows(self, rows: Tensor) -> None:
+        super().select_rows(rows)
+        if self._places is not None:
+            self._places = self._places.index_select(0, rows.to(self._places.device))
+        if self._earlier is not None:
+            of = rows.to(self._earlier.total.device)
+            self._earlier = Received(self._earlier.total.index_select(0, of), self._earlier.queries.index_select(0, of))

@@ -1,0 +1,165 @@
+"""What choosing keys costs: an exact prefill and decode steps of plans that select, beside a window plan of equal bytes.
+
+    python -m kvcompress.evaluation.select_cost --output select_cost.json
+    python -m kvcompress.evaluation.select_cost --tiny --device cpu
+
+Llama-3-8B with random weights. Every head has the same slots: of the window plan all but the sinks are a window, of the
+others half are chosen by the score that names them. A turn reads the prompt anew and decodes `steps` tokens, by captured
+steps where the device can; choices that come due among them are part of it. Contenders take turns, and ratios are those
+of runs side by side. `scoring` is what the prefill takes beyond the window plan's, as a share of its own time.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.artifacts import write_json
+from kvcompress.cache.attention import attached
+from kvcompress.cache.choices import Choosing
+from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.evaluation.step_models import config_of, random_model
+from kvcompress.evaluation.step_parts import forget
+from kvcompress.evaluation.timing import timed, times_faster
+from kvcompress.graphs import GraphedDecoder
+from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.scores import SCORES
+
+WINDOW, SINKS = "window", 4
+FIRST = 3  # steps before those that are timed: to compile, to capture, to replay
+app = typer.Typer(add_completion=False)
+
+
+@dataclass
+class SelectCost:
+    """One contender: medians in milliseconds, and its decode step's time divided by the window plan's."""
+
+    contender: str
+    tokens: int
+    batch: int
+    captured: bool
+    prefill_ms: float
+    scoring: float
+    step_ms: float
+    step_ratio: float
+    cache_mb: float
+    evidence_mb: float
+
+
+def compressors(config: Any, slots: int, names: Sequence[str], choosing: Choosing) -> dict[str, HeadAwareCompressor]:
+    """The window plan and one plan for each score, all with `slots` slots a head."""
+    chosen = (slots - SINKS) // 2
+    make = partial(HeadAwareCompressor.from_model_config, config, sink_size=SINKS, choosing=choosing)
+    found = {WINDOW: make("sink_window", window_size=slots - SINKS)}
+    for name in names:
+        found[name] = make("select", window_size=slots - SINKS - chosen, select_size=chosen, score=name)
+    return found
+
+
+@torch.no_grad()
+def turn(
+    model: PreTrainedModel, compressor: HeadAwareCompressor, ids: Tensor, steps: int
+) -> tuple[float, float, bool, float, float]:
+    """Milliseconds of a prefill and of a step after it, whether steps were captured, megabytes of cache and evidence."""
+    forget(model.device)
+    with attached(model):
+        cache = compressor.new_cache(model.config, "exact")
+        read = partial(model, ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out, prefill = timed(read, [model.device])
+        decoder = GraphedDecoder(model, cache, FIRST + steps)
+        last = decoder.decode(out.logits[:, -1].argmax(-1), FIRST)[:, -1]
+        _, spent = timed(partial(decoder.decode, last, steps), [model.device])
+    return prefill, spent / steps, decoder.captured, cache.nbytes / 1e6, cache.evidence_nbytes / 1e6
+
+
+def compare(
+    model: PreTrainedModel, entrants: dict[str, HeadAwareCompressor], tokens: int, batch: int, steps: int, rounds: int
+) -> list[SelectCost]:
+    """Every contender's costs, from `rounds` turns each after one that is thrown away."""
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+    found: dict[str, list[tuple[float, float, bool, float, float]]] = {name: [] for name in entrants}
+    for _ in range(rounds + 1):
+        for name, compressor in entrants.items():
+            found[name].append(turn(model, compressor, ids, steps))
+    columns = {name: list(zip(*turns[1:], strict=True)) for name, turns in found.items()}
+    costs = []
+    for name, (prefills, each, captured, held, evidence) in columns.items():
+        scoring, ratio = 1 - times_faster(columns[WINDOW][0], prefills), times_faster(each, columns[WINDOW][1])
+        spent = median(prefills), scoring, median(each), ratio
+        costs.append(SelectCost(name, tokens, batch, all(captured), *spent, held[0], evidence[0]))
+    return costs
+
+
+def show(costs: Sequence[SelectCost]) -> None:
+    """Print the costs as a table."""
+    table = Table(
+        "plan", "tokens", "batch", "prefill ms", "scoring", "step ms", "÷ window's", "cache MB", "evidence MB"
+    )
+    for cost in costs:
+        numbers = f"{cost.prefill_ms:.1f}", f"{cost.scoring:.1%}", f"{cost.step_ms:.3f}", f"{cost.step_ratio:.3f}"
+        sizes = f"{cost.cache_mb:.1f}", f"{cost.evidence_mb:.1f}"
+        table.add_row(cost.contender, str(cost.tokens), str(cost.batch), *numbers, *sizes)
+    Console(width=120).print(table)
+
+
+@app.command()
+def main(
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of the prompt.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    share: Annotated[float, typer.Option(help="Share of the prompt that every head holds.")] = 0.25,
+    score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = Choosing.every,
+    observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps a turn: some multiple of --every.")] = 2
+    * Choosing.every,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every contender.")] = 3,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model and prompt, to try the program.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,
+) -> None:
+    """Time exact prefill and decoding of plans that select, and of a window plan of the same bytes."""
+    with said_in_a_sentence():
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device is cuda, but there is no CUDA device here")
+        if tiny:
+            tokens, every, steps = 96, 8, 16
+        slots = round(share * tokens)
+        if slots < SINKS + 2:
+            raise InputError(f"{share:.0%} of {tokens} tokens are {slots} slots, expected at least {SINKS + 2}")
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        name = "tiny" if tiny else "llama-3-8b"
+        model = random_model(config_of(name), dtype, torch.device(device))
+        entrants = compressors(model.config, slots, score or list(SCORES), Choosing(every, observe))
+        costs = compare(model, entrants, tokens, batch, steps, rounds)
+    show(costs)
+    result = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "slots": slots,
+        "every": every,
+        "observe": observe,
+        "steps": steps,
+        "costs": [asdict(cost) for cost in costs],
+    }
+    if output is None:
+        typer.echo(json.dumps(result))
+    else:
+        write_json(output, result)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,26 @@
+"""The program that times choosing: its columns are measured, its mistakes told in a sentence."""
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from kvcompress.evaluation.select_cost import WINDOW, app
+
+
+def test_every_contender_is_timed_at_the_same_bytes(tmp_path: Path) -> None:
+    output = tmp_path / "cost.json"
+    flags = ["--tiny", "--device", "cpu", "--rounds", "1", "--score", "key_diff", "--score", "snapkv"]
+    assert CliRunner().invoke(app, [*flags, "--output", str(output)]).exit_code == 0
+    costs = json.loads(output.read_text())["costs"]
+    assert [cost["contender"] for cost in costs] == [WINDOW, "key_diff", "snapkv"]
+    assert len({cost["cache_mb"] for cost in costs}) == 1
+    assert costs[0]["step_ratio"] == 1
+    assert costs[0]["scoring"] == costs[0]["evidence_mb"] == 0 < costs[1]["evidence_mb"] < costs[2]["evidence_mb"]
+    assert all(cost["prefill_ms"] > 0 and cost["step_ms"] > 0 for cost in costs)
+
+
+def test_too_few_slots() -> None:
+    result = CliRunner().invoke(app, ["--tiny", "--device", "cpu", "--share", "0.05"])
+    assert result.exit_code == 1
+    assert "5% of 96 tokens are 5 slots, expected at least 6" in result.output
