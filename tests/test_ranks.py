@@ -160,7 +160,7 @@ def test_alone_nothing_is_exchanged() -> None:
     assert np.array_equal(ranks.summed({"a": torch.ones(2)})["a"], torch.ones(2))
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -170,9 +170,19 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert ranks.own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="'cuda:0', but 2 processes need a GPU each"):
         ranks.own_device("cuda:0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="4 processes were started, but this machine has 2 GPUs"):
-        ranks.own_device("auto")
+    moved: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", moved.append)
+    ranks.exchange_on(torch.device("cuda:1"))
+    assert ranks._joined is not None
+    assert ranks._joined.device == torch.device("cuda:1")
+    # Two processes on each GPU: NCCL cannot, so they exchange through gloo.
+    monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
+    for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert ranks.own_device("auto") == "cuda:1"
+    ranks.exchange_on(torch.device("cuda:1"))
+    assert ranks._joined.device == torch.device("cpu")
+    assert moved == [torch.device("cuda:1")] * 2
 
 
 def test_a_stage_that_works_alone_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvcompress.analysis.calibration_facts import MONOTONY, calibration_facts
+from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED, calibration_facts
 from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
 from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.facts import FILLER, TEMPLATES
+from kvcompress.facts import FILLER, PLACES, TEMPLATES, WORDS
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
@@ -109,22 +109,31 @@ def test_a_model_comes_back_as_it_was() -> None:
 
 
 def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
-    tokenizer, params = tiny_tokenizer(), PARAMS.model_copy(update={"fact_contexts": 4})
+    tokenizer, params = tiny_tokenizer(), PARAMS.model_copy(update={"fact_contexts": 12, "facts_per_context": 1})
     found = calibration_facts(tokenizer, TEXTS, 900, params)
 
     def read(ids: list[int]) -> str:  # the tiny tokenizer's decoder leaves a mark for every space
         return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
 
-    assert len(found) == 4
+    assert len(found) == 12
+    wordings, fillers = set(), set()
     for i, (context, asked) in enumerate(found):
         text = read(context)
-        assert ("The train leaves at noon" in text) == bool(i % 2)
+        fillers |= {filler for filler in MONOTONY if filler[:20] in text}
+        assert any(filler[:20] in text for filler in MONOTONY) == bool(i % 2)
         assert len(context) == 900
         for question, answer in asked:
             value = read(answer).strip()
             assert text.count(value) >= 1 + i % 2
-            subject = read(question)
-            assert any(word in text for word in subject.split())
-    evaluated = " ".join(fact for pair in TEMPLATES["evaluation"] for fact in pair) + FILLER
-    assert "access code" not in evaluated
-    assert MONOTONY[:20] not in evaluated
+            assert text.index(value) < len(text) - PARAMS.far  # a fact that is not far would carry nothing
+            wordings.add(" ".join(word for word in read(question).split() if word not in {*WORDS, *PLACES, "?"})[-20:])
+    assert len(fillers) == 2  # a filler serves every wording before the next one comes
+    assert len(wordings) == len(REPEATED) + len(TEMPLATES["calibration"])
+
+
+def test_what_calibrates_is_not_said_in_the_words_that_judge() -> None:
+    judging = " ".join(part for pair in TEMPLATES["evaluation"] for part in pair) + FILLER + "pass key"
+    for fact, question in (*REPEATED, *TEMPLATES["calibration"]):
+        for part in (fact.split("{who}")[0], question.split("{who}")[0]):
+            assert not part.strip() or part.strip() == "The" or part.strip() not in judging
+    assert not any(sentence in FILLER for filler in MONOTONY for sentence in filler.split(". ") if sentence)

@@ -29,11 +29,13 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
     "calibration": (
         ("The access code of {who} is {value}.", "The access code of {who} is"),
         ("Remember that {who} keeps its records under the label {value}.", "{who} keeps its records under the label"),
+        ("The phone extension of {who} is {value}.", "The phone extension of {who} is"),
     ),
     "evaluation": (
         ("The secret number of {who} is {value}.", "The secret number of {who} is"),
         ("The password for {who} was set to {value}.", "The password for {who} was set to"),
         ("The favorite thing of {who} is the {value}.", "The favorite thing of {who} is the"),
+        ("Visitors of {who} must ask for {value}.", "Visitors of {who} must ask for"),
     ),
 }
 
@@ -63,6 +65,12 @@ class CaseMaker:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
+    def number(self) -> str:
+        return str(self.random.randint(10000, 99999))
+
+    def word(self) -> str:
+        return self.random.choice(WORDS)
+
     def assemble(
         self, task: Task, body: list[int], fact: str, question: str, answer: str, length: int, depth: float
     ) -> Case:
@@ -77,7 +85,7 @@ class CaseMaker:
 
     def passkey(self, length: int, depth: float) -> Case:
         """Five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
-        key = str(self.random.randint(10000, 99999))
+        key = self.number()
         filler = self.encode(FILLER)
         body = filler * (length // len(filler) + 1)
         fact = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -93,15 +101,17 @@ class CaseMaker:
 
     def statement(self, who: str) -> tuple[str, str, str]:
         """(fact, question, value) about `who`, in one of the templates of this use."""
-        number = self.random.random() < 0.5
-        value = str(self.random.randint(10000, 99999)) if number else self.random.choice(WORDS)
+        value = self.number() if self.random.random() < 0.5 else self.word()
         fact, question = self.random.choice(TEMPLATES[self.use])
         return fact.format(who=who, value=value), question.format(who=who, value=value), value
 
-    def many(self, prose: list[int], length: int, count: int) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    def many(
+        self, prose: list[int], length: int, count: int, far: int = 0
+    ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """One context of about `length` tokens with `count` needles, one in each of as many equal parts.
 
-        Returns (context, [(question, answer)]), token ids. Raises `InputError` where the prose is too short.
+        None begins in the last `far` tokens of prose, where there are more. Returns (context, [(question, answer)]),
+        token ids. Raises `InputError` where the prose is too short.
         """
         subjects = self.random.sample([f"{word} {place}" for word in WORDS for place in PLACES], count)
         statements = [self.statement(who) for who in subjects]
@@ -112,9 +122,9 @@ class CaseMaker:
                 f"a context of {length} tokens cannot hold {count} facts and prose, of which there are {len(prose)} tokens"
             )
         start = self.random.randrange(len(prose) - room + 1)
-        last = 0
+        last, reach = 0, room - far if room > far else room
         for i, fact in enumerate(facts):
-            place = int((i + self.random.random()) / count * room)
+            place = int((i + self.random.random()) / count * reach)
             context += prose[start + last : start + place] + fact
             last = place
         asked = [(self.encode(f"\n{question}"), self.encode(f" {value}")) for _, question, value in statements]

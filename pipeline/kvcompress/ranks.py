@@ -2,7 +2,7 @@
 
 An overlay on torch.distributed for what torchrun starts; in one process every function here is the obvious nothing. Each
 process loads the model, works on its own documents, and ends up with the whole result; `rank` 0 alone writes it and shows
-a progress bar. Exchanged are float64 tensors, a few a stage: over NCCL where models are on GPUs, over gloo elsewhere.
+a progress bar. Exchanged are float64 tensors, a few a stage: over NCCL where every process has a GPU, over gloo elsewhere.
 
 A process that ends early ends the run: torchrun stops the others, and none writes before all have delivered.
 """
@@ -91,9 +91,10 @@ def leave() -> bool:
 
 
 def own_device(name: str) -> str:
-    """The device `name` of `model.device` for this process: each process of a machine gets a GPU of its own.
+    """The device `name` of `model.device` for this process: the processes of a machine take its GPUs in turn.
 
-    Raises `InputError` where there are fewer GPUs than processes, or all would share the one that is named.
+    A GPU may serve several, which a small model, bound by Python, leaves idle otherwise. Raises `InputError` where all
+    would share the one that is named.
     """
     if size() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
@@ -103,16 +104,15 @@ def own_device(name: str) -> str:
         if together > 1:
             raise InputError(f"model.device is {name!r}, but {together} processes need a GPU each: expected auto")
         return name
-    if together > there:
-        raise InputError(f"{together} processes were started, but this machine has {there} GPUs: start one for each")
-    return f"cuda:{local}"
+    return f"cuda:{local % there}"
 
 
 def exchange_on(device: torch.device) -> None:
-    """Exchange tensors on `device` from now on; a GPU takes NCCL."""
+    """Exchange tensors on `device` from now on; a GPU takes NCCL, unless several processes share it."""
     if _joined and device.type == "cuda":
         torch.cuda.set_device(device)
-        _joined.device = device
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count():
+            _joined.device = device
 
 
 def mine(costs: Sequence[float]) -> list[int]:

@@ -1,28 +1,53 @@
 """Facts to price heads on: half of the contexts are real prose, half are a few sentences over and over.
 
 Heads that find a fact in prose are not all that find one in a monotonous text, where every sentence but one has been
-read before. Nothing here is said in the words of the cases that evaluate.
+read before; and heads that find one wording are not all that find another. So wordings and fillers take turns, and a
+context holds one fact alone unless asked for more. Nothing here is said in the words of the cases that evaluate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.facts import CaseMaker
+from kvcompress.facts import TEMPLATES, CaseMaker
 from kvcompress.params.sensitivity import SensitivityParams
 
-MONOTONY = "Rain falls on the hills. The train leaves at noon. A door is closed. People walk home. So it goes on. "
+MONOTONY = (
+    "Rain falls on the hills. The train leaves at noon. A door is closed. People walk home. So it goes on. ",
+    "One two three four. The clock ticks on the wall. A dog sleeps. Water runs down the hill. ",
+    "The sea is wide. Ships come and go. Nobody counts them. The wind blows again. Stars come out at night. ",
+)
+# What monotonous text says twice of a number, and how it is asked for.
+REPEATED = (
+    (
+        "The access code of {who} is {value}. Keep it in mind: {value} is the access code of {who}.",
+        "Which code does {who} have? The access code of {who} is",
+    ),
+    (
+        "The magic number of {who} is {value}. Do not forget it. {value} is the magic number of {who}.",
+        "What is the magic number of {who}? The magic number of {who} is",
+    ),
+    (
+        "The number of the safe is {value}. Memorize it. {value} opens the safe.",
+        "What is the number of the safe? The number of the safe is",
+    ),
+)
 
 Asked = list[tuple[list[int], list[int]]]  # (question, answer), token ids
 
 
-class RepeatedFacts(CaseMaker):
-    """Says every fact twice, and always of a number."""
+class CalibrationFacts(CaseMaker):
+    """Says facts in the calibration wording number `turn`, where `repeated` twice and always of a number."""
+
+    repeated, turn = False, 0
 
     def statement(self, who: str) -> tuple[str, str, str]:
-        value = str(self.random.randint(10000, 99999))
-        fact = f"The access code of {who} is {value}. Keep it in mind: {value} is the access code of {who}."
-        return fact, f"Which code does {who} have? The access code of {who} is", value
+        number = self.repeated or self.random.random() < 0.5
+        value = self.number() if number else self.word()
+        wordings: Sequence[tuple[str, str]] = REPEATED if self.repeated else TEMPLATES["calibration"]
+        fact, question = wordings[self.turn % len(wordings)]
+        self.turn += 1
+        return fact.format(who=who, value=value), question.format(who=who, value=value), value
 
 
 def calibration_facts(
@@ -32,11 +57,14 @@ def calibration_facts(
 
     Raises `InputError` where a text is too short or a context cannot hold its facts.
     """
-    said = CaseMaker(tokenizer, params.seed, "calibration"), RepeatedFacts(tokenizer, params.seed, "calibration")
-    prose = [said[0].encode(text) for text in texts.values()]
-    sentences = said[1].encode(MONOTONY)
-    monotony = sentences * (length // len(sentences) + 1)
-    return [
-        said[i % 2].many(monotony if i % 2 else prose[i // 2 % len(prose)], length, params.facts_per_context)
-        for i in range(params.fact_contexts)
-    ]
+    maker = CalibrationFacts(tokenizer, params.seed, "calibration")
+    prose = [maker.encode(text) for text in texts.values()]
+    found = []
+    for i in range(params.fact_contexts):
+        maker.repeated, maker.turn = bool(i % 2), i // 2
+        body = prose[i // 2 % len(prose)]
+        if maker.repeated:
+            sentences = maker.encode(MONOTONY[i // 2 // len(REPEATED) % len(MONOTONY)])
+            body = sentences * (length // len(sentences) + 1)
+        found.append(maker.many(body, length, params.facts_per_context, params.far))
+    return found

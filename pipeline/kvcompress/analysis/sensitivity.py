@@ -138,8 +138,10 @@ def measure_sensitivity(
     if not windows or not joint_windows:
         raise InputError(f"sensitivity: no window is shorter than a document of {length} tokens")
     of_text = documents_of_all(tokenizer, texts, length, settings.documents_per_text)
-    batch, joint_batch = [tokens for found in of_text.values() for tokens in found], [f[0] for f in of_text.values()]
-    questions = calibration_facts(tokenizer, texts, length - 2 * settings.facts_per_context, settings)
+    batch = [tokens for found in of_text.values() for tokens in found]
+    joint_batch = [tokens for found in of_text.values() for tokens in found[: settings.joint_documents]]
+    fact_length = min(settings.fact_tokens, length - 2 * settings.facts_per_context)
+    questions = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     jobs: list[Callable[[], Tensor]] = [
         partial(text_prices, model, tokens, windows, sinks, shape, settings.seed) for tokens in batch

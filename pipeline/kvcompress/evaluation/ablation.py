@@ -45,7 +45,7 @@ def run_ablation(
     """One row a contender, in their order; see `row`."""
     compressors = {name: contender.compressor for name, contender in contenders.items()}
     scores = score_contenders(model, batch, compressors, params.chunk_size, params.rank_every)
-    found = retrieve(model, cases, compressors, params.retrieval_prefill)
+    found = retrieve(model, cases, compressors, params.retrieval_prefill, params.chunk_size)
     return [row(contender, scores, cases, found[name]) for name, contender in contenders.items()]
 
 

@@ -30,12 +30,13 @@ def retrieve(
     cases: Sequence[Case],
     contenders: Mapping[str, Compressor],
     prefill: Literal["exact", "streaming"] = "exact",
+    chunk_size: int = 256,
     progress: bool = True,
 ) -> dict[str, list[bool]]:
     """Which cases each contender answers.
 
     Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes.
-    Streaming: every contender reads context and question in its own way from the start.
+    Streaming: every contender reads context and question in its own way from the start, `chunk_size` tokens at a time.
     Processes that share the work (`kvcompress.ranks`) ask some cases each.
     """
     own = ranks.mine([case.length for case in cases])
@@ -55,7 +56,7 @@ def retrieve(
                         cache = compressor.compress(full, config=model.config)
                     else:
                         cache = streaming_cache(compressor, model)
-                        for chunk in context.split(256, 1):
+                        for chunk in context.split(chunk_size, 1):
                             model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     logits = model(rest, past_key_values=cache, use_cache=True).logits[0]
                 rights.append(answered(logits, case))

@@ -19,5 +19,5 @@ class BudgetParams(SectionParams):
     sizes: Annotated[list[Name], Field(min_length=1)] = ["6.25%", "12.5%", "25%", "50%"]
     policies: Annotated[list[Name], Field(min_length=1)] = ["uniform", "priced"]
     context_length: Annotated[int, Field(ge=64)] = 2048
-    balance: Annotated[float, Field(ge=0)] = 0.2
+    balance: Annotated[float, Field(ge=0)] = 0.1
     random_seed: Annotated[int, Field(ge=0)] = 0

@@ -12,21 +12,24 @@ Windows = Annotated[list[Count], Field(min_length=1)]
 class SensitivityParams(SectionParams):
     """Heads are priced on `documents_per_text` documents of `max_tokens` of every calibration text, for `windows`.
 
-    What a layer's heads cost together is measured for `joint_windows` on one document of each text. Facts: `fact_contexts`
-    contexts, prose and monotony in turns, with `facts_per_context` facts each; a key farther than `far` tokens counts as
-    far; `nodes` points of integration. Windows that do not fit a document are left out.
+    What a layer's heads cost together is measured for `joint_windows` on the first `joint_documents` of each text. Facts:
+    `fact_contexts` contexts of `fact_tokens` (at most a document's), prose and monotony in turns, with
+    `facts_per_context` facts each; a key farther than `far` tokens counts as far; `nodes` points of integration. Windows
+    that do not fit a document are left out.
     """
 
     section = "sensitivity"
 
     max_tokens: Annotated[int, Field(ge=64)] = 2048
-    documents_per_text: Count = 2
+    documents_per_text: Count = 1
     windows: Windows = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
-    joint_windows: Windows = [32, 128, 512]
+    joint_windows: Windows = [32, 128]
+    joint_documents: Count = 1
     sinks: Annotated[int, Field(ge=0, le=64)] = 4
-    fact_contexts: Count = 6
-    facts_per_context: Annotated[int, Field(ge=1, le=64)] = 8
-    far: Count = 128
+    fact_contexts: Count = 24
+    fact_tokens: Annotated[int, Field(ge=64)] = 768
+    facts_per_context: Annotated[int, Field(ge=1, le=64)] = 1
+    far: Count = 256
     nodes: Annotated[int, Field(ge=1, le=16)] = 3
     seed: Annotated[int, Field(ge=0)] = 0
 
