@@ -52,7 +52,7 @@ def record(act, device):
     return replay
 
 
-def slow_decode(query, table, value_size, seen, pads, scale, scratch, new):
+def slow_decode(query, table, value_size, seen, pads, scale, scratch, new, settled):
     """As `decode`, from tensors that stay where they are and with nothing read on the host; `table` is the parts."""
     out = query.new_zeros(*query.shape[:2], value_size)
     parts, heads = table

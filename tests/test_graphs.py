@@ -304,6 +304,6 @@ def test_fused_parts_choose_the_same(way, family, monkeypatch):
         decoder = GraphedDecoder(model, other, NEW, fused=True)
         assert torch.equal(decoder.decode(first, NEW), found)
     assert decoder.captured == (way != "as it is")
-    assert way == "cuda" or len(graphs_compiled) == (3 if family == "llama" else 2)  # rotation, MLP, RMS norm
+    assert way == "cuda" or len(graphs_compiled) == 3  # rotation, MLP, norm
     assert file.apply_rotary_pos_emb is rotation
     assert [m.forward.__func__ for m in model.modules()] == forwards

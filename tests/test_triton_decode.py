@@ -248,7 +248,7 @@ def test_a_query_may_be_a_view_and_the_scale_given():
 
 
 def both_ways(monkeypatch, family, plan, pads, chunks, length):
-    """Logits of a text read group by group and by the kernel, and how often the kernel was launched.
+    """Logits of a text read group by group and by the kernel, and of every launch whether it found all settled.
 
     What the two caches hold at the end must be the same, slot by slot.
     """
@@ -257,9 +257,11 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
     ids, mask = ids.to(DEVICE), None if mask is None else mask.to(DEVICE)
     compressor, launches, logits, held = compressor_for(model, plan), [], [], []
 
-    def counted(*args, new):
-        launches.append(1)
-        return decode.decode(*args, new=new, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3, whole=8))
+    def counted(*args, new, settled):
+        launches.append(settled)
+        return decode.decode(
+            *args, new=new, settled=settled, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3, whole=8)
+        )
 
     monkeypatch.setattr(fused, "decode", counted)
     if not CUDA:
@@ -278,7 +280,7 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
         model.to("cpu")
     for first, second in zip(*held, strict=True):
         assert (first - second).abs().max() < 1e-4
-    return *logits, len(launches)
+    return *logits, launches
 
 
 @needs_triton
@@ -293,14 +295,17 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
 def test_a_cache_gives_the_same_logits_with_and_without(monkeypatch, family, plan, pads, chunks, length, steps):
     """Growth, filling and full rings, rows of pads, pruned heads."""
     by_group, at_once, launches = both_ways(monkeypatch, family, plan, pads, chunks, length)
-    assert launches == steps * (1 if plan == "pruned_layer" else 2)
+    layers = 1 if plan == "pruned_layer" else 2
+    assert len(launches) == steps * layers
+    assert not any(launches[::layers])  # the first layer's launch comes right after the new count
+    assert any(launches) == (layers > 1 and not pads)
     assert (by_group - at_once).abs().max() < 1e-4
 
 
 @needs_triton
 def test_keys_out_of_the_models_own_sight_are_left_to_the_groups(monkeypatch):
     by_group, at_once, launches = both_ways(monkeypatch, "mistral", "mixed", False, [15, 1], 24)
-    assert launches == 2 * (20 - 15)  # from its window of 20 on, sinks go out of sight
+    assert len(launches) == 2 * (20 - 15)  # from its window of 20 on, sinks go out of sight
     assert (by_group - at_once).abs().max() < 1e-4
 
 

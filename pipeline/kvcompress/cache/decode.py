@@ -28,27 +28,31 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Tuning:
     """Keys a block, programs a multiprocessor, warps of each, and stages of the pipeline that loads ahead.
 
+    `ahead`: keys that a program asks for while the launch before is ending; `lead`: keys left to read, a block at least,
+    when a program lets the next launch start. Both matter only where launches overlap.
     `whole`: keys up to which a head is read by one program; `extra`: units of 16 keys that such a head counts more.
     None of it changes a result beyond rounding. A CPU (triton's interpreter) counts as one multiprocessor.
     """
 
     block: int = 32
     programs_per_processor: int = 2
-    warps: int = 4
+    warps: int = 2
     stages: int = 3
     whole: int = 256
     extra: int = 24
+    ahead: int = 128
+    lead: int = 128
 
     @classmethod
     def fitting(cls, bytes_a_key: int, group: int) -> "Tuning":
-        """What was fastest on an H100: for several query heads a KV head the default, for one more and lighter programs.
+        """What was fastest on an H100: for several query heads a KV head the default, for one more programs.
 
         Blocks are so small that two programs fit a multiprocessor's shared memory.
         """
         block = cls.block
         while block > 16 and block * bytes_a_key * (cls.stages - 1) > SHARED_MEMORY:
             block //= 2
-        return cls(block) if group > 1 else cls(block, programs_per_processor=3, extra=10)
+        return cls(block) if group > 1 else cls(block, programs_per_processor=4, extra=10)
 
 
 class Part(NamedTuple):
@@ -106,6 +110,12 @@ def processors(device: torch.device) -> int:
 
 
 @cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a device can start a launch while the one before is ending."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+
+
+@cache
 def kernel() -> Any:
     """The kernel's module, or None (after a warning) where triton is there but cannot build anything."""
     try:
@@ -149,6 +159,7 @@ def decode(
     scratch: Scratch | None = None,
     tuning: Tuning | None = None,
     new: tuple[Tensor, Tensor] | None = None,
+    settled: bool = False,
 ) -> tuple[Tensor, Scratch]:
     """Softmax attention of one query a row, `[batch, query_head, head_dim]` -> `[batch, query_head, value_size]`.
 
@@ -157,7 +168,9 @@ def decode(
     query's own among them; `pads` (integers `[batch]`) those that are left padding. A head that holds nothing gives
     exactly 0, and so does a row of nothing but padding. Scores are multiplied by `scale`, head_dim ** -0.5 by default.
     `new`, the keys and values of the last column, `[batch, kv_head, head_dim]` each, are first stored in their slots
-    (where `Group` has them, for one that is not a padded row's sink); without it they are there already.
+    (where `Group` has them, for one that is not a padded row's sink); without it they are there already. `settled` says
+    that the launch before this one, on the same stream, writes none of `table`, `seen` and `pads`: then they are read
+    while it is still ending, where the device can do that.
 
     Returns the scratch memory for the next call too: `scratch` itself if it was large enough.
     """
@@ -175,7 +188,7 @@ def decode(
         scratch = Scratch.of(*needs, device)
     query, *fresh = (t if t.stride(2) == 1 else t.contiguous() for t in (query, *(new or (query, query))))
     out = torch.empty(batch, query_heads, value_size, dtype=query.dtype, device=device)
-    span = _power(group)
+    span, overlapping = _power(group), overlaps(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel().decode_heads[(programs,)](
             query,
@@ -194,6 +207,7 @@ def decode(
             (size**-0.5 if scale is None else scale) * log2(e),
             tuning.whole,
             tuning.extra,
+            int(settled),
             HEADS=heads,
             GROUP=group,
             SIZE=size,
@@ -201,6 +215,9 @@ def decode(
             PADDED=pads is not None,
             APPEND=new is not None,
             WIDE=device.type == "cpu",
+            OVERLAP=overlapping,
+            AHEAD=tuning.ahead,
+            LEAD=tuning.lead,
             UNIT=UNIT,
             BLOCK=tuning.block,
             ROWS=max(span, 16),
@@ -214,6 +231,7 @@ def decode(
             AT_A_TIME=max(min(32, 64 // span), 1),
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **({"launch_pdl": True} if overlapping else {}),
         )
     return out, scratch
 

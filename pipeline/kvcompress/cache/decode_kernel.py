@@ -9,6 +9,10 @@ counter back to 0, ready for the next launch.
 
 The new key and value may come along: the one program that reads their unit stores them in their slot before it does.
 
+Launches follow each other closely (programmatic dependent launch, from compute capability 9 on): a program starts while
+the launch before is ending, finds its piece, asks for its first keys, and waits only then. In turn it lets the next
+launch start a few keys before its own end, after having waited itself, so that no more than two launches ever overlap.
+
 Lengths are made here from the device's own count of tokens seen, so a captured CUDA graph goes on being right as the
 cache grows within its storage. Importing this file needs triton.
 """
@@ -17,10 +21,10 @@ import triton
 import triton.language as tl
 
 from kvcompress.cache.decode_line import boundary_of, program_of
-from kvcompress.cache.decode_softmax import CAPACITY, FIELDS, UNBOUNDED, attend_blocks, merge_partial, put
+from kvcompress.cache.decode_softmax import CAPACITY, FIELDS, UNBOUNDED, attend_blocks, fetch_ahead, merge_partial, put
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["settled"])
 def decode_heads(
     query,  # [batch, HEADS * GROUP, SIZE], elements of a head contiguous
     out,  # [batch, HEADS * GROUP, VALUE_SIZE], contiguous
@@ -42,6 +46,7 @@ def decode_heads(
     scale,  # of the scores, times log2(e)
     whole,  # keys up to which a head is not cut
     extra,  # units that such a head counts in addition: its start and end cost as much as so many keys
+    settled,  # 1 if the launch before this one writes none of table, seen and pads; read only if OVERLAP
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     SIZE: tl.constexpr,
@@ -49,6 +54,9 @@ def decode_heads(
     PADDED: tl.constexpr,
     APPEND: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: triton's interpreter knows no product of bfloat16
+    OVERLAP: tl.constexpr,  # start while the launch before is ending, which needs compute capability 9
+    AHEAD: tl.constexpr,  # first keys that are asked for while that has not ended
+    LEAD: tl.constexpr,  # keys left to read, at most, when the next launch may start
     UNIT: tl.constexpr,  # keys a unit of the line
     BLOCK: tl.constexpr,  # keys a block
     # Powers of two: rows of a matrix product, query heads, KV heads and batch rows, each with room to spare; columns
@@ -63,6 +71,9 @@ def decode_heads(
     VALUE_SMALL: tl.constexpr,
     AT_A_TIME: tl.constexpr,
 ):
+    if OVERLAP:  # noqa: SIM102
+        if settled == 0:
+            tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     length = tl.load(seen)
     heads = tl.arange(0, HEADS_SPAN)
@@ -83,7 +94,7 @@ def decode_heads(
         all_units = tl.sum(row_units)
     else:
         all_units = a_row * batch
-    low, first_pair, _ = boundary_of(
+    low, first_pair, first_start = boundary_of(
         program,
         all_units,
         heads,
@@ -116,6 +127,18 @@ def decode_heads(
     if low >= high:
         return
     last_pair -= tl.where(high == last_start, 1, 0)
+    if OVERLAP:
+        fetch_ahead(
+            query,
+            table + first_pair % HEADS * FIELDS,
+            first_pair // HEADS,
+            (low - first_start) * UNIT,
+            length,
+            SIZE,
+            VALUE_SIZE,
+            AHEAD,
+        )
+        tl.extra.cuda.gdc_wait()  # what follows reads what the launch before wrote, and writes what it read
 
     for pair in range(first_pair, last_pair + 1):
         row, head = pair // HEADS, pair % HEADS
@@ -140,6 +163,7 @@ def decode_heads(
             tl.cast(row, tl.int64),
             tl.maximum(low, start) - start + skip,
             tl.minimum(high, end) - start + skip,
+            tl.where(pair == last_pair, LEAD, -UNBOUNDED),
             length,
             pad,
             query_head,
@@ -157,6 +181,7 @@ def decode_heads(
             KEY_SMALL,
             VALUE_LARGE,
             VALUE_SMALL,
+            OVERLAP,
         )
 
         result = out + tl.cast(pair, tl.int64) * GROUP * VALUE_SIZE

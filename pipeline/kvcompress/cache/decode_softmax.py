@@ -24,6 +24,7 @@ def attend_blocks(
     row,
     begin,
     end,
+    lead,
     seen,
     pad,
     query_head,
@@ -41,6 +42,7 @@ def attend_blocks(
     KEY_SMALL: tl.constexpr,
     VALUE_LARGE: tl.constexpr,
     VALUE_SMALL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Online softmax of a KV head's query heads over its units `begin...end`: top, total, sums of values."""
     kind = query.dtype.element_ty
@@ -72,6 +74,8 @@ def attend_blocks(
     small = tl.zeros([ROWS, VALUE_SMALL if VALUE_SMALL > 0 else 1], tl.float32)
     last_slot = tl.minimum(end * UNIT, length)
     for first in range(begin * UNIT, last_slot, BLOCK):
+        if OVERLAP:
+            let_next_begin(first + lead >= last_slot)
         slot = first + tl.arange(0, BLOCK)
         there = slot < last_slot
         if PADDED:  # `Group.positions` says the same in torch
@@ -96,6 +100,55 @@ def attend_blocks(
             value = _take(values, slot, VALUE_SIZE, there, VALUE_LARGE, VALUE_SMALL, VALUE_SIZE).to(product)
             small = tl.dot(weights, value, acc=small * fade[:, None], input_precision="ieee")
     return top, tl.sum(totals, 1), large, small
+
+
+@triton.jit
+def fetch_ahead(query, line, row, first, seen, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Ask for the first keys and values of a KV head from slot `first` on: they are in L2 when they are read."""
+    width: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
+    count = tl.minimum(tl.minimum(tl.load(line + CAPACITY).to(tl.int32), seen) - first, KEYS)
+    row, first = tl.cast(row, tl.int64) * width, tl.cast(first, tl.int64)
+    ask(tl.load(line) + tl.load(line + 2) * row + first * (SIZE * width), count * (SIZE * width))
+    ask(tl.load(line + 1) + tl.load(line + 3) * row + first * (VALUE_SIZE * width), count * (VALUE_SIZE * width))
+
+
+@triton.jit
+def let_next_begin(now):
+    """Let the programs of the next launch begin once all of this one have said so, or ended."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred now;
+        setp.ne.s32 now, $1, 0;
+        @now griddepcontrol.launch_dependents;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r",
+        [now.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask(address, size):
+    """Let one thread ask for some bytes, a multiple of 16 or none, to be brought into L2."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred asks;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 asks, thread, 0;
+        setp.gt.and.s32 asks, $2, 0, asks;
+        @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -125,18 +178,19 @@ def merge_partial(
         at = stats + place[:, None] * 2 * GROUP + group[None, :]
         tops = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(at + GROUP, mask=there, other=0.0, cache_modifier=".cg")
+        lines = partial + (place[:, None] * GROUP + group[None, :]) * VALUE_SIZE
+        sums = _gather(lines, there, 0, VALUE_LARGE, VALUE_SIZE)
+        if VALUE_SMALL > 0:
+            small_sums = _gather(lines, there, VALUE_LARGE, VALUE_SMALL, VALUE_SIZE)
         higher = tl.maximum(top, tl.max(tops, 0))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(tops - level[None, :])
         fade = tl.exp2(top - level)
         top = higher
         total = total * fade + tl.sum(weights * totals, 0)
-        lines = partial + (place[:, None] * GROUP + group[None, :]) * VALUE_SIZE
-        sums = _gather(lines, there, 0, VALUE_LARGE, VALUE_SIZE)
         large = large * fade[:, None] + tl.sum(sums * weights[:, :, None], 0)
         if VALUE_SMALL > 0:
-            sums = _gather(lines, there, VALUE_LARGE, VALUE_SMALL, VALUE_SIZE)
-            small = small * fade[:, None] + tl.sum(sums * weights[:, :, None], 0)
+            small = small * fade[:, None] + tl.sum(small_sums * weights[:, :, None], 0)
     inverse = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     put(result, large * inverse, 0, GROUP, VALUE_SIZE)
     if VALUE_SMALL > 0:

@@ -56,12 +56,14 @@ class Heads:
         self._places: list[object] = []
         self._table: Tensor | None = None
 
-    def table(self, groups: Sequence[Group]) -> Tensor:
+    def table(self, groups: Sequence[Group]) -> tuple[Tensor, bool]:
+        """The table, and whether it was there before."""
         places = [(tensor.data_ptr(), tensor.shape) for group in groups for tensor in group.block.tensors]
-        if self._table is None or places != self._places:
+        stood = self._table is not None and places == self._places
+        if self._table is None or not stood:
             parts = [Part(g.heads, *g.block.read(g.block.slots), g.capacity, g.kept.sinks) for g in groups]
             self._table, self._places = table_of(parts, self.heads), list(places)
-        return self._table
+        return self._table, stood
 
 
 class Fused:
@@ -96,18 +98,23 @@ class Fused:
 
         `new` is that key and its value, `[batch, kv_head, 1, head_dim]`, where the groups have only made room for it.
         """
+        # What is written here is written right before the launch, so that has to wait for it.
+        before = self._desks.get(query.device)
+        told = before is not None and before.written == seen
         desk = self.desk(query.device, seen)
+        table, stood = heads.table(groups)
         pads = None if all(group.settled(reading.padding) for group in groups) else reading.padding.on(query.device)
         values = groups[0].block.tensors[1]
         out, desk.scratch = decode(
             query.squeeze(3).flatten(1, 2),
-            heads.table(groups),
+            table,
             values.shape[3],
             desk.seen,
             None if pads is None else pads[:, 0],
             reading.scale,
             desk.scratch,
             new=None if new is None else (new[0].squeeze(2), new[1].squeeze(2)),
+            settled=told and stood and pads is None,
         )
         desk.appended += new is not None
         return out.view(*query.shape[:-1], values.shape[3])

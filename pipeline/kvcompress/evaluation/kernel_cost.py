@@ -115,7 +115,7 @@ class Layer:
     def kernel(self, tuning: Tuning | None = None) -> Tensor:
         scratch = self.scratch.get(tuning)
         out, self.scratch[tuning] = decode(
-            self.query, self.table, self.shape.size, self.seen, scratch=scratch, tuning=tuning
+            self.query, self.table, self.shape.size, self.seen, scratch=scratch, tuning=tuning, settled=True
         )
         return out
 
