@@ -34,7 +34,8 @@ def retrieve(
 ) -> dict[str, list[bool]]:
     """Which cases each contender answers.
 
-    Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes.
+    Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes;
+    one that chooses by queries, which no cache holds, reads the context itself.
     Streaming: every contender reads context and question in its own way from the start.
     """
     found: dict[str, list[bool]] = {name: [] for name in contenders}
@@ -48,7 +49,10 @@ def retrieve(
                 model(context, past_key_values=full, use_cache=True, logits_to_keep=1)
             for name, compressor in contenders.items():
                 with compressor.attached(model):
-                    if prefill == "exact":
+                    if prefill == "exact" and compressor.needs_queries:
+                        cache = compressor.new_cache(model.config)
+                        model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    elif prefill == "exact":
                         cache = compressor.compress(full, config=model.config)
                     else:
                         cache = streaming_cache(compressor, model)
