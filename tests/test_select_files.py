@@ -19,7 +19,6 @@ from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, HeadCompressionConfig, Retention, intersection, union
 from tests.cache_tools import feed, model_of, tokens
 from tests.project import ROOT
-from tests.tiny import prose, save_tiny
 
 SELECT = Retention(4, 8, 20, "key_diff")
 sizes = st.integers(0, 6), st.integers(1, 12)
@@ -169,21 +168,6 @@ def test_uniform_compressors_and_their_summary() -> None:
         assert cache.held() == [[32] * 3, [60] * 3]
         feed(model, cache, tokens(1, 9), [9])
     assert "69 tokens seen, 32 to 69 held a head" in repr(cache)
-
-
-@pytest.mark.parametrize("command", ["evaluate", "benchmark --method head_aware"])
-def test_commands_serve_a_plan_that_chooses_by_queries(tmp_path: Path, monkeypatch, command: str) -> None:
-    """Whose cache cannot be made from a full one afterwards."""
-    save_tiny("llama", tmp_path / "tiny")
-    (tmp_path / "text.txt").write_text(prose(300))
-    kinds = Retention(2, 10, 20, "snapkv"), Retention(2, 30), Retention(0, 9, 9, "expected_attention"), FULL
-    RetentionPlan((kinds[:2], kinds[2:]), 4, "tiny").save(tmp_path / "plan.json")
-    monkeypatch.chdir(tmp_path)
-    flags = [*command.split(), "tiny", "--plan", "plan.json", "-t", "text.txt", "--max-tokens", "96", "--device", "cpu"]
-    flags += ["--max-new-tokens", "8"] if "benchmark" in command else []
-    result = CliRunner().invoke(app, [*flags, "--json"])
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert "plan" in json.loads(result.stdout)["rows"][1]["name"]
 
 
 def test_words_and_maps_know_chosen_keys(tmp_path: Path) -> None:
