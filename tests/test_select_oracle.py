@@ -11,7 +11,7 @@ from kvcompress.scores.snapkv import SnapKV
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.select_tools import CHOOSING, furthest, replayed, select_compressor, select_layers
 
-LENGTH = 40
+LENGTH = 34
 FEEDS = {"one_shot": [LENGTH], "chunks": [17, 9, 1, 8], "token_by_token": [1]}
 
 
@@ -24,9 +24,9 @@ def test_the_cache_agrees_with_the_recorded_choices(family, score, batch):
     with compressor.attached(model):
         for name, chunks in FEEDS.items():
             off, made = furthest(model, compressor, ids, chunks)
-            assert made > 20, name
+            assert made > 15, name
             assert off < 1e-5, name
-        for chunks, prompt_length in (([30, 1], None), ([17, 9, 1, 13], None), ([11, 9, 1, 8], 24), ([8], 30)):
+        for chunks, prompt_length in (([17, 9, 1, 7], None), ([11, 9, 1], 24)):
             off, made = furthest(model, compressor, ids, chunks, None, "exact", prompt_length)
             assert made > 5
             assert off < 1e-5, (chunks, prompt_length)
@@ -34,12 +34,12 @@ def test_the_cache_agrees_with_the_recorded_choices(family, score, batch):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_padded_rows_agree_with_the_recorded_choices(score):
-    model, (ids, mask) = model_of("llama"), padded(4, LENGTH)
+    model, (ids, mask) = model_of("llama"), padded(3, LENGTH)
     compressor = select_compressor(model, select_layers(model, score))
     with compressor.attached(model):
-        for chunks in ([LENGTH], [17, 9, 1, 8], [3, 3, 3, 3, 3, 1]):
+        for chunks in ([LENGTH], [3, 3, 3, 3, 9, 1]):
             assert furthest(model, compressor, ids, chunks, mask)[0] < 1e-5
-        for chunks in ([17, 1], [30, 1, 9], [9, 1]):
+        for chunks in ([17, 1], [27, 1, 6]):
             assert furthest(model, compressor, ids, chunks, mask, "exact")[0] < 1e-5
 
 
@@ -72,7 +72,7 @@ def test_the_same_text_makes_the_same_choices_however_it_is_cut(score):
     compressor = select_compressor(model, select_layers(model, score), choosing)
     for prefill, prompt_length, feeds in (
         ("streaming", None, list(FEEDS.values())),
-        ("exact", 25, [[25, 1], [11, 9, 1, 8], [7], [LENGTH]]),
+        ("exact", 25, [[25, 1], [11, 9, 1, 8], [LENGTH]]),
     ):
         expected = None
         for chunks in feeds:

@@ -147,10 +147,13 @@ def warm_up(model: PreTrainedModel, entrants: Sequence[Entrant], tokens: Tensor,
 
 
 def time_compression(full: Run, runs: Sequence[Run]) -> None:
-    """Compress the full cache of the prompt, all entrants in turns, the first time not counted."""
+    """Compress the full cache of the prompt, all entrants in turns, the first time not counted.
+
+    Those that choose by queries are left out: they choose while they read, and their prefill's time has it.
+    """
     for again in range(COMPRESSIONS + 1):
         for run in runs:
-            if run.entrant.compressor:
+            if run.entrant.compressor and not run.entrant.compressor.needs_queries:
                 act = partial(run.entrant.compressor.compress, full.cache, config=full.model.config)
                 _, milliseconds = timed(act, run.devices)
                 if again:

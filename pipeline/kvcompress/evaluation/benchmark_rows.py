@@ -12,6 +12,7 @@ from kvcompress.evaluation.timing import Spread, times_faster
 from kvcompress.params.benchmark import FULL
 
 NOTHING_TO_COMPRESS = "keeps everything"
+CHOOSES_ON_READING = "chooses by the prompt's queries while it reads: see prefill"
 FEWEST_BLOCKS = 8  # of neighbouring tokens; a bootstrap over fewer knows nothing of how they vary
 NO_DEVICE_MEMORY = "on a CPU methods cannot be told apart: see process_peak_bytes"
 
@@ -46,7 +47,7 @@ def benchmark_rows(entrants: Sequence[Entrant], records: Mapping[str, Record], w
         if change["low"] is None:
             notes["nll"] = f"{nll.size} tokens are too few for an interval"
         if not record.compress_ms:
-            notes["compress_ms"] = NOTHING_TO_COMPRESS
+            notes["compress_ms"] = CHOOSES_ON_READING if entrant.compressor else NOTHING_TO_COMPRESS
         if record.peak_device is None:
             notes["peak_device_bytes"] = NO_DEVICE_MEMORY
         row: dict[str, Any] = {

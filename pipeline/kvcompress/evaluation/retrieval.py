@@ -35,7 +35,8 @@ def retrieve(
 ) -> dict[str, list[bool]]:
     """Which cases each contender answers.
 
-    Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes.
+    Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes;
+    one that chooses by queries, which no cache holds, reads the context itself.
     Streaming: every contender reads context and question in its own way from the start, `chunk_size` tokens at a time.
     Processes that share the work (`kvcompress.ranks`) ask some cases each.
     """
@@ -52,7 +53,10 @@ def retrieve(
                 model(context, past_key_values=full, use_cache=True, logits_to_keep=1)
             for compressor in contenders.values():
                 with compressor.attached(model):
-                    if prefill == "exact":
+                    if prefill == "exact" and compressor.needs_queries:
+                        cache = compressor.new_cache(model.config)
+                        model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    elif prefill == "exact":
                         cache = compressor.compress(full, config=model.config)
                     else:
                         cache = streaming_cache(compressor, model)

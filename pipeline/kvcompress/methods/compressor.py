@@ -46,6 +46,11 @@ class Compressor(ABC):
         self.skip_layers = frozenset(skip_layers)
         self.positions: Positions = positions
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether it chooses by queries, so that it can make a cache but not `compress` one that was filled without it."""
+        return False
+
     @abstractmethod
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
         """Empty layers for a model. Raises `InputError` where the method was made for another architecture."""
@@ -142,6 +147,10 @@ class PlanCompressor(Compressor):
     def scores(self) -> set[str]:
         """Names of the scores that heads select by."""
         return set()
+
+    @property
+    def needs_queries(self) -> bool:
+        return any(self.choosing.score(name).needs_queries for name in self.scores())
 
     def _choosing(self, config: Any) -> Choosing:
         for name in sorted(self.scores()):
