@@ -35,7 +35,7 @@ def long(report: Report) -> str:
         for row in report["rows"]
     ]
     made = (
-        f"A random model of {report['layers']} layer with {report['heads']} heads of {report['head_dim']}, "
+        f"A random model of {report['layers']} layer and {report['heads']} head of {report['head_dim']}, "
         f"{report['dtype']}, chunks of {report['chunk_size']}, torch {report['torch']}."
     )
     head = ("tokens", "keys and values, MB", "peak beside them, MB", "seconds")
