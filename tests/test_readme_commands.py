@@ -128,7 +128,7 @@ def test_the_sweep_queues_an_experiment_for_each_value(tmp_path: Path) -> None:
     folder = copy_project(tmp_path)
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         run(folder, "git", *words)
-    (sweep,) = [command for command in COMMANDS if "--queue " in command]
+    (sweep,) = [shlex.join(words) for words in commands(TEXTS["README.md"]) if "--queue" in words]
     shown = [sweep, "dvc queue status", "dvc exp show --only-changed", "dvc queue remove --queued", "dvc queue status"]
     assert set(shown) <= {*COMMANDS, *MENTIONED}
     said = in_one_process(folder, shown)
