@@ -1,6 +1,7 @@
 """The programs behind docs/scaling.md measure what they say; how long anything takes is not tested."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,17 @@ def test_ratios_are_of_runs_that_took_turns(tmp_path: Path, monkeypatch: pytest.
     assert (report["documents"], report["documents_of_a_share"], report["processes"]) == (8, 2, 4)
 
 
-def test_a_run_that_fails_is_one_sentence(tmp_path: Path) -> None:
-    done = CliRunner().invoke(scaling_cost.app, [str(tmp_path / "nowhere"), "--tokens", "128", "--rounds", "1"])
+def test_a_run_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "W1125 a warning of torchrun\nerror: model folder nowhere cannot be loaded\nTraceback ...\nChildFailedError"
+
+    def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        return subprocess.CompletedProcess(command, 1, "", said)
+
+    monkeypatch.setattr(scaling_cost.subprocess, "run", failing)
+    done = CliRunner().invoke(scaling_cost.app, ["nowhere"])
     assert done.exit_code == 1
-    assert "error: a run of 1 processes failed: error: model folder" in " ".join(done.output.split())
+    assert done.stderr == "error: a run of 1 processes failed: error: model folder nowhere cannot be loaded\n"
 
 
 def test_long_documents_are_measured_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
