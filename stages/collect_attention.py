@@ -50,7 +50,8 @@ def main(
     texts = load_texts(data_dir / "corpus", "calibration") if text is None else {text.name: read_text(text)}
     model, tokenizer = load_model(record, settings)
     batches = documents_of_all(tokenizer, texts, collect.max_tokens, collect.documents_per_text)
-    sums = collect_attention(model, [tokens for batch in batches.values() for tokens in batch], collect.chunk_size)
+    turns = zip(*batches.values(), strict=True)  # texts take turns, lest stopping early leave some of them out
+    sums = collect_attention(model, [one for turn in turns for one in turn], collect.chunk_size, stopping=collect)
     if not ranks.leave():  # every process has the whole result, one writes it
         return
     header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-PROGRAMS = ("make", "dvc", "python", "kvcompress", "source", "pip")
+PROGRAMS = ("make", "dvc", "python", "torchrun", "bash", "kvcompress", "source", "pip")
 
 
 def indented_blocks(text: str) -> list[str]:

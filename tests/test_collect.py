@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_block, empty_layer
+from kvcompress.analysis import observe
+from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.induction import add_induction
@@ -13,6 +14,7 @@ from kvcompress.analysis.observe import MASKED, NAME, observing, require_observa
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.heads import HeadType
+from kvcompress.models import model_shape
 from kvcompress.params.analysis import StatisticsParams
 from tests.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
@@ -23,6 +25,13 @@ SCALARS = ("mean_entropy", "std_entropy", "normalized_entropy", "uniformity_scor
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def add_block(sums: dict, log_weights: torch.Tensor, weights: torch.Tensor, first: int) -> None:
+    """A block of queries of all heads, which see all keys before them."""
+    visible = torch.arange(first, first + weights.shape[1]) + 1
+    count_queries(sums, visible)
+    add_heads(sums, log_weights, weights, first, visible)
 
 
 def assert_same(statistics: list[HeadStatistics], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
@@ -47,6 +56,27 @@ def test_equals_slow_reference_for_any_chunking(name: str) -> None:
     expected = slow_statistics([attention_maps(model, text)], 3, 9, 17)
     for chunk in (16, 100, 213):
         assert_same(compute_statistics(collect_attention(model, [text], chunk, progress=False), MEASURE), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mistral"])
+def test_heads_of_a_block_come_one_after_the_other_where_it_is_large(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny_model(name), tokens(150)
+    together = collect_attention(model, [text], 64, progress=False)
+    kv_heads, sizes = model_shape(model.config).num_key_value_heads, []
+    monkeypatch.setitem(observe.BLOCK_LIMITS, "cpu", (2**10, 32))
+    plain = observe.hide
+
+    def noting(scores: torch.Tensor, first: int, window: int | None) -> None:
+        sizes.append(len(scores))
+        plain(scores, first, window)
+
+    monkeypatch.setattr(observe, "hide", noting)
+    apart = collect_attention(model, [text], 64, progress=False)
+    assert min(sizes) == 4 // kv_heads  # the query heads of one KV head
+    for key, tensor in together.tensors.items():
+        torch.testing.assert_close(apart.tensors[key], tensor, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
@@ -103,7 +133,7 @@ def test_long_text_reaches_the_tail() -> None:
     for start in (0, 200, 600, 1000, 1030, 1060, 1087, 1090, 1200):
         stop = min([*(s for s in (200, 600, 1000, 1030, 1060, 1087, 1090, 1200) if s > start), length])
         block = weights[:, start:stop, :stop].contiguous()
-        add_block(sums, block.clamp_min(1e-30).log(), block, start, None)
+        add_block(sums, block.clamp_min(1e-30).log(), block, start)
     query, key = np.indices((length, length))
     distance = (query - key)[np.tril_indices(length)]
     expected = np.bincount(distance, weights[0].double().numpy()[np.tril_indices(length)])
@@ -135,7 +165,7 @@ def test_heads_built_by_hand_classify_as_built() -> None:
     weights = built_heads(length)
     logarithm = torch.where(weights > 0, weights.log(), torch.tensor(MASKED))
     layer = empty_layer(len(weights), weights.device)
-    add_block(layer, logarithm, weights, 0, None)
+    add_block(layer, logarithm, weights, 0)
     statistics = compute_statistics(AttentionSums.stack([layer], length), StatisticsParams())
     sink, local, previous, uniform, every_other = statistics
     assert uniform.mean_entropy == pytest.approx(np.log(np.arange(1, length + 1)).mean(), abs=1e-5)

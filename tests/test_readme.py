@@ -5,14 +5,15 @@ import re
 import pytest
 
 from kvcompress.errors import InputError
-from kvcompress.evaluation.readme import current
+from kvcompress.evaluation.readme import SCALING, current
 from tests.project import ROOT
 
-README = (ROOT / "README.md").read_text()
+README, PAGE = (ROOT / "README.md").read_text(), (ROOT / "docs/scaling.md").read_text()
 
 
 def test_the_tables_are_current() -> None:
     assert current(README, ROOT) == README
+    assert current(PAGE, ROOT, SCALING) == PAGE
 
 
 def test_marks_are_needed() -> None:
@@ -26,3 +27,6 @@ def test_files_that_it_links_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert len(links) > 5
     assert [link for link in links if not (ROOT / link).exists()] == []
+    links = re.findall(r"\]\(([^)]+)\)", PAGE)
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

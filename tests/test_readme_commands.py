@@ -23,7 +23,7 @@ from tests.project import ROOT, copy_project, run
 from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, program, unknown_flags
 from tests.stage_files import STAGES
 
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md")
+PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md", "docs/scaling.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 COMMANDS = sorted({shlex.join(words) for text in TEXTS.values() for words in commands(text)})
 HELP = sorted(
@@ -92,7 +92,20 @@ def check_pip(words: list[str], complete: bool) -> None:
     assert words == ["pip", "install", "."]  # `make wheel-test` does it
 
 
+def check_torchrun(words: list[str], complete: bool) -> None:
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words[1:])
+    check_python(["python", "-m", given.training_script, *given.training_script_args], complete)
+
+
+def check_bash(words: list[str], complete: bool) -> None:
+    assert subprocess.run(["bash", "-n", words[1]], cwd=ROOT, capture_output=True).returncode == 0, words
+
+
 CHECKS = {
+    "torchrun": check_torchrun,
+    "bash": check_bash,
     "python": check_python,
     "kvcompress": lambda words, complete: check_typer(kvcompress, words[1:], complete),
     "dvc": check_dvc,
@@ -115,7 +128,7 @@ def test_the_sweep_queues_an_experiment_for_each_value(tmp_path: Path) -> None:
     folder = copy_project(tmp_path)
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         run(folder, "git", *words)
-    (sweep,) = [command for command in COMMANDS if "--queue " in command]
+    (sweep,) = [shlex.join(words) for words in commands(TEXTS["README.md"]) if "--queue" in words]
     shown = [sweep, "dvc queue status", "dvc exp show --only-changed", "dvc queue remove --queued", "dvc queue status"]
     assert set(shown) <= {*COMMANDS, *MENTIONED}
     said = in_one_process(folder, shown)

@@ -13,7 +13,16 @@ CAPPED_OR_LEARNED = ("softcap", *LEARNED_TERMS)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch `model` to a registered attention; `UnsupportedModelError` where it does not take another one."""
+    """Switch `model` to a registered attention; `UnsupportedModelError` where it does not take another one.
+
+    Also where the model is one of several tensor-parallel parts: each sees its own heads alone and numbers them from 0.
+    """
+    parts = getattr(model, "tp_size", None) or 1
+    if parts > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is split into {parts} tensor-parallel parts, none of which sees all heads; "
+            "spread whole layers instead: device_map"
+        )
     try:
         model.set_attn_implementation(name)
     except ValueError as error:

@@ -33,6 +33,9 @@ HEAD_SUMS: dict[str, tuple[int, ...]] = {
     "relative_tail": (),  # weight at distances of DISTANCES and more
     "relative_sinks": (DISTANCES,),  # weight at distance d on the first SINK_POSITIONS keys, contained in `relative`
     "recent": (RECENT_STEPS,),  # [b]: weight on the last max(1, floor((b + 1) n / 100)) keys
+    # of each document's sums S over its n queries: S squared, and S times n; what standard errors follow from
+    "entropy_by_document": (2,),
+    "sinks_by_document": (2, SINK_POSITIONS),  # S: weight on the first k + 1 keys
     "induction": (),  # induction scores (kvcompress.analysis.induction), added up over probes
 }
 # What is counted for each layer: name -> trailing shape of the tensor [layer, ...].
@@ -40,6 +43,7 @@ LAYER_COUNTS: dict[str, tuple[int, ...]] = {
     "queries": (),
     "varied_queries": (),  # queries with n > 1
     "log_visible": (),  # sum of log n, nats: the entropy of a uniform head
+    "queries_by_document": (),  # n squared
     "probes": (),  # runs that measured the induction score
 }
 
@@ -78,6 +82,11 @@ class AttentionSums:
     def stack(cls, layers: list[dict[str, Tensor]], tokens: int) -> "AttentionSums":
         """One document's sums from its layers' (`LayerSums.tensors`)."""
         tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}
+        queries = tensors["queries"][:, None]
+        for name, total in (("entropy", tensors["entropy"]), ("sinks", tensors["sinks"].cumsum(-1))):
+            count = queries.view(-1, *[1] * (total.dim() - 1))
+            tensors[f"{name}_by_document"] = torch.stack([total.square(), total * count], dim=2)
+        tensors["queries_by_document"] = tensors["queries"].square()
         return cls(tensors, documents=1, longest=tokens)
 
     def save(self, path: str | Path, header: Mapping[str, Any]) -> None:
@@ -115,16 +124,22 @@ def empty_layer(heads: int, device: torch.device) -> dict[str, Tensor]:
     return sums | counts
 
 
-def add_block(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, first: int, window: int | None) -> None:
-    """Add a block of queries to one layer's sums, in place.
+def count_queries(sums: dict[str, Tensor], visible: Tensor) -> None:
+    """Count a block of queries, in place; they may see `visible` keys, `[query]`."""
+    sums["queries"] += len(visible)
+    sums["varied_queries"] += (visible > 1).sum()
+    sums["log_visible"] += visible.double().log().sum()
+
+
+def add_heads(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, first: int, visible: Tensor) -> None:
+    """Add a block of queries to the sums of some heads, in place.
 
     `weights` `[head, query, key]` float32, contiguous: attention of the queries at positions `first`, `first + 1` ...
     to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` its logarithm,
-    finite everywhere. `window` is the layer's sliding window, None without one.
+    finite everywhere. Each query may see `visible` keys, `[query]`, its own among them.
     """
     _, queries, keys = weights.shape
     position = torch.arange(first, first + queries, device=weights.device)
-    visible = position + 1 if window is None else (position + 1).clamp(max=window)
     log_visible = visible.double().log()
 
     entropy = -torch.linalg.vecdot(weights, log_weights).double()  # [head, query]
@@ -133,9 +148,6 @@ def add_block(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
     varied = visible > 1  # the entropy over a single key is 0, whatever it is divided by
     sums["normalized_entropy"] += (entropy / torch.where(varied, log_visible, 1.0)).sum(1)
     sums["max_weight"] += weights.amax(-1).double().sum(1)
-    sums["queries"] += queries
-    sums["varied_queries"] += varied.sum()
-    sums["log_visible"] += log_visible.sum()
 
     width = min(SINK_POSITIONS, keys)
     sums["sinks"][:, :width] += weights[..., :width].double().sum(1)

@@ -5,22 +5,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress import ranks
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.induction import add_induction
-from kvcompress.analysis.observe import observing, require_observable
+from kvcompress.analysis.observe import AttentionObserver, observing, require_observable
+from kvcompress.analysis.precision import precise_enough
 from kvcompress.errors import InputError
 from kvcompress.models import input_device
+from kvcompress.params.collect import CollectParams
 
 
 def collect_attention(
-    model: PreTrainedModel, documents: Sequence[Tensor], chunk_size: int = 512, progress: bool = True
+    model: PreTrainedModel,
+    documents: Sequence[Tensor],
+    chunk_size: int = 512,
+    progress: bool = True,
+    stopping: CollectParams | None = None,
 ) -> AttentionSums:
     """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
 
     Where several processes were started (`kvcompress.ranks`), each reads its share and gets the sums of all.
+
+    With `stopping` that bounds a standard error, no more documents are read than it takes (`precision.precise_enough`,
+    asked after every `stopping.stop_every` documents, so that any number of processes reads the same ones).
 
     A document is fed in chunks of `chunk_size` tokens with a KV cache, so chunking changes memory and never the result.
     Raises `UnsupportedModelError` where the model's attention cannot be observed, `InputError` for a document of one
@@ -39,18 +49,30 @@ def collect_attention(
     if not documents:
         raise InputError("there are no documents to collect attention from")
     total = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
-    own = [documents[i] for i in ranks.mine([cost(len(tokens)) for tokens in documents])]
-    with torch.inference_mode(), ranks.progress(sum(map(len, own)), "attention", "tok", progress) as bar:
-        for tokens in own:
-            with observing(model) as observer:
-                cache = DynamicCache() if len(tokens) > chunk_size else None
-                for chunk in tokens.to(input_device(model)).split(chunk_size):
-                    model.base_model(chunk[None], past_key_values=cache, use_cache=cache is not None)
-                    bar.update(len(chunk))
-            total += observer.sums(shape.num_layers)
-    total = AttentionSums(ranks.summed(total.tensors), len(documents), max(map(len, documents)))
+    size = len(documents) if stopping is None else stopping.stop_every
+    rounds = [documents[first : first + size] for first in range(0, len(documents), size)]
+    shares = [[batch[i] for i in ranks.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
+    amount = sum(len(tokens) for own in shares for tokens in own)
+    with torch.inference_mode(), ranks.progress(amount, "attention", "tok", progress) as bar:
+        for batch, own in zip(rounds, shares, strict=True):
+            found = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
+            for tokens in own:
+                found += read(model, tokens, chunk_size, bar).sums(shape.num_layers)
+            total += AttentionSums(ranks.summed(found.tensors), len(batch), max(map(len, batch)))
+            if stopping and precise_enough(total, stopping):  # the same sums, so the same answer, in every process
+                break
     add_induction(model, total)
     return total
+
+
+def read(model: PreTrainedModel, tokens: Tensor, chunk_size: int, bar: "tqdm[Any]") -> AttentionObserver:
+    """What an observer saw of one document."""
+    with observing(model) as observer:
+        cache = DynamicCache() if len(tokens) > chunk_size else None
+        for chunk in tokens.to(input_device(model)).split(chunk_size):
+            model.base_model(chunk[None], past_key_values=cache, use_cache=cache is not None)
+            bar.update(len(chunk))
+    return observer
 
 
 def cost(tokens: int) -> float:

@@ -1,9 +1,10 @@
 """Observing attention from inside: a registered attention function that computes exact attention block by block.
 
 Every block of queries gets its weights, adds them to the layer's sums (`attention_sums`) and its output, and is gone:
-the largest thing that exists at a time is one block `[query head, block, key]`. The output is what the model's own
-attention gives, so the layers above see the true hidden states. Works for every architecture that dispatches through
-transformers' attention interface, with grouped or multi-head attention, sliding windows and logit soft-capping.
+the largest thing that exists at a time is one block `[query head, block, key]`, in a long text of some heads alone. The
+output is what the model's own attention gives, so the layers above see the true hidden states. Works for every
+architecture that dispatches through transformers' attention interface, with grouped or multi-head attention, sliding
+windows and logit soft-capping.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kvcompress.analysis.attention_sums import AttentionSums, add_block, empty_layer
+from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.models import ModelShape, input_device, model_shape
 from kvcompress.switching import LEARNED_TERMS, refuse_terms, use_attention
@@ -80,17 +81,24 @@ class AttentionObserver:
             step = block_size(heads, first + start, query.device)
             stop = min(start + step, length)
             end = first + stop  # keys that this block may see
-            scores = torch.bmm(query[:, :, start:stop].flatten(1, 2) * scaling, transposed[:, :, :end])
-            scores = scores.view(heads, stop - start, end)
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            hide(scores, first + start, window)
-            log_weights = torch.log_softmax(scores, -1)
-            weights = torch.exp(log_weights, out=scores)
-            add_block(sums, log_weights, weights, first + start, window)
-            grouped = weights.to(value.dtype).view(kv_heads, group * (stop - start), end)
-            mixed = torch.bmm(grouped, value[:, :end])  # [kv_head, group * query, value_dim]
-            output[start:stop] = mixed.view(heads, stop - start, -1).transpose(0, 1)
+            position = torch.arange(first + start, end, device=query.device)
+            visible = position + 1 if window is None else (position + 1).clamp(max=window)
+            count_queries(sums, visible)
+            share = heads_at_once(kv_heads, group * (stop - start) * end, query.device)
+            for low in range(0, kv_heads, share):
+                some = slice(low, low + share)
+                of = slice(low * group, (low + share) * group)  # their query heads
+                scores = torch.bmm(query[some, :, start:stop].flatten(1, 2) * scaling, transposed[some, :, :end])
+                scores = scores.view(-1, stop - start, end)
+                if softcap is not None:
+                    scores = torch.tanh(scores / softcap) * softcap
+                hide(scores, first + start, window)
+                log_weights = torch.log_softmax(scores, -1)
+                weights = torch.exp(log_weights, out=scores)
+                add_heads({name: sums[name][of] for name in HEAD_SUMS}, log_weights, weights, first + start, visible)
+                grouped = weights.to(value.dtype).view(-1, group * (stop - start), end)
+                mixed = torch.bmm(grouped, value[some, :end])  # [kv_head, group * query, value_dim]
+                output[start:stop, of] = mixed.view(-1, stop - start, mixed.shape[-1]).transpose(0, 1)
             start = stop
         return output
 
@@ -103,6 +111,12 @@ def block_size(heads: int, keys: int, device: torch.device) -> int:
     elements, queries = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
     room = elements / heads  # q (keys + q) <= room
     return max(16, min(queries, int((keys**2 / 4 + room) ** 0.5 - keys / 2)))
+
+
+def heads_at_once(kv_heads: int, elements: int, device: torch.device) -> int:
+    """KV heads whose weights may exist together, at least 1; each has `elements` of them in the block."""
+    room, _ = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
+    return max(1, min(kv_heads, room // elements))
 
 
 def hide(scores: Tensor, first: int, window: int | None) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.dataclasses import dataclass
 
 from kvcompress.analysis.attention_sums import AttentionSums
+from kvcompress.analysis.precision import standard_errors
 from kvcompress.artifacts import read_model, write_json
 from kvcompress.errors import InputError
 from kvcompress.heads import ClassificationFile, ModelInfo
@@ -34,6 +35,7 @@ class HeadStatistics:
     """The statistics of one query head.
 
     mean_entropy, std_entropy: attention entropy -sum p log p over queries, nats.
+    entropy_error, sink_error: standard errors of mean_entropy and sink_ratio over documents (`analysis.precision`).
     normalized_entropy: entropy / log(visible keys), mean over queries that see at least two; 0 one key, 1 uniform.
     max_attention_mean: mean of each query's largest weight.
     position_preference: mean weight on `sink` (the first sink_size keys), `local` (the last local_window keys, the
@@ -61,6 +63,8 @@ class HeadStatistics:
     relative_without_sinks: list[Share] | None = None
     tail_without_sinks: list[Share] | None = None
     induction_score: Share | None = None
+    entropy_error: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None = None
+    sink_error: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None = None
 
     def __post_init__(self) -> None:
         if set(self.position_preference) != set(REGIONS):
@@ -157,6 +161,7 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
     beyond_sinks = (data["sinks"].sum(-1) - data["relative_sinks"].sum(-1)) / queries
     tail = tail_bins(relative, beyond)
     tail_far = tail_bins(far, beyond - beyond_sinks)
+    entropy_error, sink_error = standard_errors(sums)
     induction = data["induction"] / np.maximum(data["probes"], 1)[:, None]
 
     def listed(values: np.ndarray) -> list[float]:
@@ -181,6 +186,8 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
             relative_without_sinks=listed(far[i, j, :NEAR]),
             tail_without_sinks=listed(tail_far[i, j]),
             induction_score=float(induction[i, j]) if data["probes"][i] else None,
+            entropy_error=float(entropy_error[i, j]) if sums.documents > 1 else None,
+            sink_error=float(sink_error[i, j, sinks - 1]) if sums.documents > 1 else None,
         )
 
     return [one(i, j) for i in range(sums.num_layers) for j in range(sums.num_heads)]

@@ -26,7 +26,7 @@ def kernel(report: Report) -> str:
     ]
     head = ("query/KV heads × size", "limit µs", "dense SDPA", "SDPA by group", "kernel", "× dense", "of the limit")
     made = f"{_device(report)}, a large copy moves {report['copy_gb_per_s']:,.0f} GB/s."
-    return f"{made} Heads that are not full hold {WINDOW} keys.\n\n{_table(head, rows)}"
+    return f"{made} Heads that are not full hold {WINDOW} keys.\n\n{table(head, rows)}"
 
 
 def steps(report: Report) -> str:
@@ -51,7 +51,7 @@ def steps(report: Report) -> str:
         f"keeps {report['share']:.0%} of the cache and {report['full_heads']:.1%} of the KV heads whole. {_device(report)}."
     )
     return (
-        f"{made}\n\n{_table(('decode step', 'CUDA graph', 'ms', 'tokens/s', 'of the limit', 'faster than full'), rows)}"
+        f"{made}\n\n{table(('decode step', 'CUDA graph', 'ms', 'tokens/s', 'of the limit', 'faster than full'), rows)}"
     )
 
 
@@ -79,7 +79,7 @@ def prefill(report: Report) -> str:
         for cost in report["costs"]
     ]
     head = ("prefill", "tokens", "ms", "× dense", "cache MB", "peak MB beside weights")
-    return f"{MODELS[report['model']]}, batch 1, the same plan.\n\n{_table(head, rows)}"
+    return f"{MODELS[report['model']]}, batch 1, the same plan.\n\n{table(head, rows)}"
 
 
 def _named(contender: str) -> str:
@@ -90,6 +90,6 @@ def _device(report: Report) -> str:
     return f"{report['device']}, {report['dtype']}, torch {report['torch']}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,9 +1,9 @@
-"""The README's tables of results, made from reports: no number there is typed in by hand.
+"""The tables of results in README.md and docs/scaling.md, made from reports: no number there is typed in by hand.
 
 Run: python -m kvcompress.evaluation.readme
 
 Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in README.md stands what the report REPORT says;
-the same for `plans` and the tables of `cost_tables`. A test checks that all are current.
+the same for `plans` and the tables of `cost_tables` and `scaling_tables`. A test checks that all are current.
 """
 
 import re
@@ -18,6 +18,7 @@ from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 from kvcompress.evaluation.cost_tables import batch, kernel, prefill, steps
+from kvcompress.evaluation.scaling_tables import long, scaling
 
 Results = Sequence[Mapping[str, Any]]
 MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DOTALL)
@@ -51,22 +52,25 @@ BLOCKS: dict[str, Callable[[Any], str]] = {
     "batch": batch,
     "prefill": prefill,
 }
+SCALING: dict[str, Callable[[Any], str]] = {"scaling": scaling, "long": long}
 
 
-def current(readme: str, folder: Path) -> str:
-    """The README with every marked block made anew from its report; `folder` is what the reports' paths start from.
+def current(page: str, folder: Path, blocks: Mapping[str, Callable[[Any], str]] = BLOCKS) -> str:
+    """The page with every marked block made anew from its report; `folder` is what the reports' paths start from.
 
     Raises `InputError` where a block has no marks, or not once.
     """
-    found = [match[2] for match in MARKED.finditer(readme)]
-    if sorted(found) != sorted(BLOCKS):
-        raise InputError(f"README.md has the marked blocks {found}, expected {sorted(BLOCKS)} once each")
-    return MARKED.sub(lambda one: f"{one[1]}\n\n{BLOCKS[one[2]](read_json(folder / one[3]))}\n\n{one[4]}", readme)
+    found = [match[2] for match in MARKED.finditer(page)]
+    if sorted(found) != sorted(blocks):
+        raise InputError(f"the page has the marked blocks {found}, expected {sorted(blocks)} once each")
+    return MARKED.sub(lambda one: f"{one[1]}\n\n{blocks[one[2]](read_json(folder / one[3]))}\n\n{one[4]}", page)
 
 
 def main(readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = Path("README.md")) -> None:
-    """Rewrite the results in the README from the reports that it names."""
+    """Rewrite the results in the README, and in docs/scaling.md beside it, from the reports that they name."""
     write_text(readme, current(read_text(readme), readme.parent))
+    page = readme.parent / "docs/scaling.md"
+    write_text(page, current(read_text(page), readme.parent, SCALING))
 
 
 if __name__ == "__main__":

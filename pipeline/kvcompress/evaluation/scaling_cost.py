@@ -40,7 +40,8 @@ def measured(folder: Path, processes: int, documents: int, tokens: int) -> dict[
         command += ["-m", "kvcompress.evaluation.scaling_run", str(folder), str(documents), str(tokens)]
         done = subprocess.run([*command, str(output)], capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
-            raise KVCompressError(f"a run of {processes} processes failed: {done.stderr.strip()[-300:]}")
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise KVCompressError(f"a run of {processes} processes failed: {(said or [done.stderr.strip()[-300:]])[0]}")
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return found
 

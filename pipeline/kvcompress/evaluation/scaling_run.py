@@ -33,7 +33,7 @@ def acts(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callable[
     """
     params = ModelParams(source="local", local=LocalModel(path=str(folder)))
     model, tokenizer = load_folder(folder, params)
-    words = FILLER * (1 + documents * tokens // (TEXTS * len(tokenizer(FILLER).input_ids)) + 1)
+    words = FILLER * (1 + documents * tokens // len(tokenizer(FILLER).input_ids))  # twice what is needed
     texts, each = {f"text {i}": words for i in range(TEXTS)}, documents // TEXTS
     batch = documents_of_all(tokenizer, texts, tokens, each)
     priced = SensitivityParams(

@@ -1,0 +1,57 @@
+"""How precisely a head is known: standard errors over documents, and the rule by which collecting stops early.
+
+Queries of one document are alike, so documents are what is counted. A statistic is a ratio, the sum of S over documents
+divided by the sum of their queries n; with m that ratio and D documents its squared standard error is
+
+    D / (D - 1) * sum (S - m n)^2 / (sum n)^2
+
+(the usual linearised variance of a ratio estimate: Cochran, *Sampling Techniques*, 1977, section 6.4). The sum expands into
+sums of S^2, S n and n^2, which add over documents and processes.
+
+Classes have bounds in entropy and sink ratio. Once every head is known within a small share of what lies between the
+bounds, more text changes the class of those heads alone that stand on a bound, whose class says little anyway.
+"""
+
+import numpy as np
+
+from kvcompress.analysis.attention_sums import AttentionSums
+from kvcompress.params.collect import CollectParams
+
+FEWEST = 8  # documents, below which a standard error is itself too uncertain to stop by
+
+
+def standard_errors(sums: AttentionSums) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors of mean entropy `[layer, head]`, nats, and of the weight on the first k + 1 keys `[layer, head, k]`.
+
+    Infinite where there are fewer than two documents.
+    """
+    data = {name: tensor.numpy() for name, tensor in sums.tensors.items()}
+    pairs = ((data["entropy"], "entropy"), (data["sinks"].cumsum(-1), "sinks"))
+    entropy, sinks = (ratio_error(sums, total, data[f"{name}_by_document"]) for total, name in pairs)
+    return entropy, sinks
+
+
+def ratio_error(sums: AttentionSums, total: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Standard error of `total` `[layer, head, ...]` per query; `products` `[layer, head, 2, ...]`: sums of S^2 and S n."""
+    if sums.documents < 2:
+        return np.full(total.shape, np.inf)
+    shape = (-1, *[1] * (total.ndim - 1))
+    queries = sums.tensors["queries"].numpy().reshape(shape)
+    squares = sums.tensors["queries_by_document"].numpy().reshape(shape)
+    mean = total / queries
+    spread = products[:, :, 0] - 2 * mean * products[:, :, 1] + mean**2 * squares
+    unbiased = sums.documents / (sums.documents - 1)
+    return np.sqrt(unbiased * spread.clip(0)) / queries
+
+
+def precise_enough(sums: AttentionSums, params: CollectParams) -> bool:
+    """Whether collecting may stop: no head's standard error exceeds `stop_entropy_error` or `stop_sink_error`.
+
+    A bound that is None does not count; without any, or before `FEWEST` documents, never. The sink ratio has to be precise
+    for every number of sinks, because that number is chosen later.
+    """
+    bounds = (params.stop_entropy_error, params.stop_sink_error)
+    if sums.documents < FEWEST or bounds == (None, None):
+        return False
+    errors = standard_errors(sums)
+    return all(bound is None or bool(found.max() <= bound) for found, bound in zip(errors, bounds, strict=True))

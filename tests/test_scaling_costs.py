@@ -1,0 +1,82 @@
+"""The programs behind docs/scaling.md measure what they say; how long anything takes is not tested."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcompress.artifacts import read_json
+from kvcompress.evaluation import long_document_cost, scaling_cost, scaling_run
+from tests.tiny import save_tiny
+
+
+def test_one_process_times_every_stage(tmp_path: Path) -> None:
+    folder, output = save_tiny("llama", tmp_path / "tiny"), tmp_path / "seconds.json"
+    scaling_run.main(folder, 4, 256, output)
+    found = read_json(output)
+    assert list(found["seconds"]) == ["loading", "collect_attention", "measure_sensitivity", "ablate"]
+    assert all(value > 0 for value in found["seconds"].values())
+    assert found["environment"]["threads"] >= 1
+
+
+def test_ratios_are_of_runs_that_took_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(folder: Path, processes: int, documents: int, tokens: int) -> dict:
+        asked.append((processes, documents, tokens))
+        busy = len(asked)  # the machine gets slower and slower
+        return {"seconds": {"ablate": busy * documents / processes}, "environment": {"device": "abacus"}}
+
+    monkeypatch.setattr(scaling_cost, "measured", measured)
+    flags = ["--documents", "8", "--tokens", "128", "--processes", "4", "--rounds", "3"]
+    done = CliRunner().invoke(scaling_cost.app, [str(tmp_path), *flags, "--output", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    assert asked == [(1, 8, 128), (4, 8, 128), (1, 2, 128)] * 3
+    report = read_json(tmp_path / "report.json")
+    (row,) = report["rows"]
+    assert (row["one_s"], row["several_s"], row["share_s"]) == (32, 10, 12)  # the middle round's
+    assert row["faster"] == pytest.approx(4 * 4 / 5, abs=0.01)
+    assert row["weak_efficiency"] == pytest.approx(6 / 5, abs=0.01)
+    assert (report["documents"], report["documents_of_a_share"], report["processes"]) == (8, 2, 4)
+
+
+def test_a_run_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "W1125 a warning of torchrun\nerror: model folder nowhere cannot be loaded\nTraceback ...\nChildFailedError"
+
+    def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        return subprocess.CompletedProcess(command, 1, "", said)
+
+    monkeypatch.setattr(scaling_cost.subprocess, "run", failing)
+    done = CliRunner().invoke(scaling_cost.app, ["nowhere"])
+    assert done.exit_code == 1
+    assert done.stderr == "error: a run of 1 processes failed: error: model folder nowhere cannot be loaded\n"
+
+
+def test_long_documents_are_measured_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, seconds = long_document_cost.observed(300, 64)  # here, where a process is not fresh
+    assert peak >= 0
+    assert seconds > 0
+
+    class Fresh:
+        def Pool(self, count: int) -> "Fresh":
+            return self
+
+        def __enter__(self) -> "Fresh":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def apply(self, function: object, arguments: tuple[int, int]) -> tuple[int, float]:
+            assert function is long_document_cost.observed
+            return 10**6 + 130 * arguments[0], 1.0
+
+    monkeypatch.setattr(long_document_cost.multiprocessing, "get_context", lambda kind: Fresh())
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")  # put back afterwards
+    long_document_cost.main("1000,2000", 64, tmp_path / "report.json")
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1000, 2000]
+    assert [row["cache_mb"] for row in rows] == [0.1, 0.3]  # K and V, one head of 8 float32, twice
+    assert [row["beside_cache_mb"] for row in rows] == [1.0, 1.0]
