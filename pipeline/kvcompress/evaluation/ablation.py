@@ -68,14 +68,7 @@ def row(
         "perplexity_gmean": round(score.geometric_mean(), 4),
         "accuracy": round(score.mean("correct"), 6),
         "kl": round(score.mean("kl"), 6),
-        "texts": {
-            text: {
-                "perplexity": round(score.perplexity(text), 4),
-                "accuracy": round(score.mean("correct", text), 6),
-                "kl": round(score.mean("kl", text), 6),
-            }
-            for text in dict.fromkeys(score.texts)
-        },
+        "texts": text_rows(score),
         "after_eviction": {
             "first_query": first,
             "tokens": score.nll[:, first:].size,
@@ -89,19 +82,35 @@ def row(
         else "real cache, streaming prefill",
     }
     if contender.rival:
-        rival = scores[contender.rival]
-        result["rival"] = {
-            "name": contender.rival,
-            "bytes": round(score.nbytes_end / rival.nbytes_end, 6),
-            "perplexity": round(rival.perplexity(), 4),
-            "gmean_ratio": round(score.geometric_mean() / rival.geometric_mean(), 5),
-            "text_ratios": {
-                text: round(score.perplexity(text) / rival.perplexity(text), 5) for text in dict.fromkeys(score.texts)
-            },
-            "nll_over_rival": rounded(paired_difference(score.nll, rival.nll)),
-        }
+        result["rival"] = rival_row(score, contender.rival, scores[contender.rival])
     result["retrieval"] = retrieval_rows(cases, answered)
     return result
+
+
+def text_rows(score: Score) -> dict[str, dict[str, float]]:
+    """Quality text by text."""
+    return {
+        text: {
+            "perplexity": round(score.perplexity(text), 4),
+            "accuracy": round(score.mean("correct", text), 6),
+            "kl": round(score.mean("kl", text), 6),
+        }
+        for text in dict.fromkeys(score.texts)
+    }
+
+
+def rival_row(score: Score, name: str, rival: Score) -> dict[str, Any]:
+    """How a contender does against its rival called `name`: ratios of bytes and perplexities, difference in NLL."""
+    return {
+        "name": name,
+        "bytes": round(score.nbytes_end / rival.nbytes_end, 6),
+        "perplexity": round(rival.perplexity(), 4),
+        "gmean_ratio": round(score.geometric_mean() / rival.geometric_mean(), 5),
+        "text_ratios": {
+            text: round(score.perplexity(text) / rival.perplexity(text), 5) for text in dict.fromkeys(score.texts)
+        },
+        "nll_over_rival": rounded(paired_difference(score.nll, rival.nll)),
+    }
 
 
 def rounded(interval: Interval) -> dict[str, float]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcompress.cache.choices import Choosing
+from kvcompress.errors import InputError
 from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
@@ -13,6 +15,7 @@ from kvcompress.params.ablation import AblationParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
 from kvcompress.retention import FULL, Retention
+from kvcompress.scores.table import SCORES
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.
@@ -37,9 +40,16 @@ class Contender:
     rival: str | None = None
 
 
-def of_plan(name: str, family: str, ablation: str, plan: RetentionPlan, rival: str | None = None) -> Contender:
+def of_plan(
+    name: str,
+    family: str,
+    ablation: str,
+    plan: RetentionPlan,
+    rival: str | None = None,
+    choosing: Choosing | None = None,
+) -> Contender:
     capacities = [kept.capacity for layer in plan.layers for kept in layer if kept.capacity is not None]
-    compressor = HeadAwareCompressor.from_plan(plan)
+    compressor = HeadAwareCompressor.from_plan(plan, choosing=choosing)
     return Contender(name, family, ablation, compressor, min(capacities, default=0), plan, rival)
 
 
@@ -73,6 +83,43 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
         else:
             found += with_rival(name, plan.policy, "plans", plan, tokens)
             rivals[held] = found[-1].name
+    return {contender.name: contender for contender in found}
+
+
+def select_contenders(
+    config: Any,
+    shares: Sequence[float],
+    tokens: int,
+    sinks: int = 4,
+    recent: float = 0.5,
+    scores: Iterable[str] = tuple(SCORES),
+    choosing: Choosing | None = None,
+    more: int = 0,
+) -> dict[str, Contender]:
+    """The full cache and uniform plans `select <score> <share>`, each with the uniform sink + window of the same bytes.
+
+    A head holds round(share * tokens) + more slots: sinks, of the rest a window of the part `recent`, and the others are
+    chosen by the score. Raises `InputError` for shares that leave nothing to choose.
+    """
+    shape = model_shape(config)
+    found, names = [full_cache(shape)], tuple(scores)
+    for share in shares:
+        slots = round(share * tokens) + more
+        window = round(recent * (slots - sinks))
+        chosen = slots - sinks - window
+        if not (slots < tokens and sinks >= 0 and window > 0 and chosen > 0):
+            raise InputError(
+                f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks, a window of {window} and {chosen} chosen"
+                " keys, expected fewer than all tokens, at least one in the window and one chosen"
+            )
+        rival = f"uniform {share:.2%}"
+        for i, score in enumerate(names):
+            kept = Retention(sinks, window, chosen, score)
+            size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
+            plan = RetentionPlan.uniform(kept, *size, policy=f"select {score}")
+            if i == 0:
+                found.append(of_plan(rival, UNIFORM, "select", uniform_at(plan, tokens, sinks)))
+            found.append(of_plan(f"select {score} {share:.2%}", f"select {score}", "select", plan, rival, choosing))
     return {contender.name: contender for contender in found}
 
 

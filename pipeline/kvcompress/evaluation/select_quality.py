@@ -1,0 +1,151 @@
+"""How well each score chooses: uniform `select` plans of every score beside sink + window of the same bytes.
+
+    python -m kvcompress.evaluation.select_quality --share 0.5 --share 0.25 --output select_quality.json
+
+A context is read in one exact pass by the contender's own cache, without what comes after it, and compressed once. Then
+either a continuation is scored (`score_continuation`) or a question about the context is asked (`retrieve`). A share is
+that of the context's tokens; all contenders hold that much throughout. A cache that grows with the continuation holds, on
+average, half of it more: `--growing` gives that to all, so that bytes are those of peers whose caches grow.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import PreTrainedModel
+
+from kvcompress.artifacts import write_json
+from kvcompress.cache.choices import Choosing
+from kvcompress.corpora import documents_of_all, load_texts
+from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
+from kvcompress.evaluation.contenders import FULL_CACHE, Contender, select_contenders
+from kvcompress.evaluation.environment import environment
+from kvcompress.evaluation.intervals import paired_difference
+from kvcompress.evaluation.retrieval import retrieve
+from kvcompress.evaluation.scoring import Documents, score_continuation
+from kvcompress.facts import Case, make_cases
+from kvcompress.models import load_folder, locate_model
+from kvcompress.params.model import ModelParams, source_of
+from kvcompress.scores import SCORES
+
+app = typer.Typer(add_completion=False)
+
+
+def select_rows(
+    model: PreTrainedModel,
+    batch: Documents,
+    cases: Sequence[Case],
+    contenders: Mapping[str, Contender],
+    context: int,
+    asked: Mapping[str, Contender] | None = None,
+    chunk_size: int = 64,
+) -> list[dict[str, Any]]:
+    """One row a contender: bytes over the continuation, its perplexity by text and pooled, facts found, the rival.
+
+    `mean_share` is that of the mean bytes over the run, after the context and every `chunk_size` tokens after it, in the
+    full cache's. `contenders` have the full cache among them. `asked` are who has their names in the retrieval, where
+    contexts of another length make other sizes of the same share; None for the same.
+    """
+    compressors, asking = (
+        {name: contender.compressor for name, contender in found.items()} for found in (contenders, asked or contenders)
+    )
+    scores = score_continuation(model, batch, compressors, context, chunk_size)
+    found = retrieve(model, cases, asking)
+    rows = []
+    for name, contender in contenders.items():
+        score, full = scores[name], scores[FULL_CACHE]
+        row: dict[str, Any] = {
+            "name": name,
+            "family": contender.family,
+            "share": round(score.nbytes_end / full.nbytes_end, 6),
+            "mean_share": round(score.nbytes_mean / full.nbytes_mean, 6),
+            "nbytes_end": score.nbytes_end,
+            "nbytes_mean": round(score.nbytes_mean),
+            "tokens": score.nll.size,
+            "perplexity": round(score.perplexity(), 4),
+            "perplexity_gmean": round(score.geometric_mean(), 4),
+            "texts": text_rows(score),
+            "nll_over_full": rounded(paired_difference(score.nll, full.nll)),
+            "seconds": round(score.seconds, 2),
+        }
+        if contender.rival:
+            row["rival"] = rival_row(score, contender.rival, scores[contender.rival])
+        rows.append(row | {"retrieval": retrieval_rows(cases, found[name])})
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    tasks, texts = list(rows[0]["retrieval"]), list(rows[0]["texts"])
+    header = ["contender", "bytes at the end", "mean", "geometric mean", *texts, "÷ uniform's", *tasks]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for row in rows:
+        cells = [row["name"], f"{row['share']:.1%}", f"{row['mean_share']:.1%}", f"{row['perplexity_gmean']:.2f}"]
+        cells += [f"{row['texts'][text]['perplexity']:.2f}" for text in texts]
+        cells.append(f"{row['rival']['gmean_ratio']:.3f}" if "rival" in row else "")
+        cells += [f"{row['retrieval'][task]['share']:.2f}" for task in tasks]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="A model folder, or a name on the hub.")] = "data/model",
+    corpus: Annotated[Path, typer.Option(help="Folder of texts, as `prepare` leaves it.")] = Path("data/corpus"),
+    calibration: Annotated[bool, typer.Option("--calibration", help="Judge on the texts that calibrate.")] = False,
+    share: Annotated[list[float], typer.Option(help="Share of the context held (repeatable).")] = [0.25],  # noqa: B006
+    score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
+    context: Annotated[int, typer.Option(min=64, help="Tokens of the exact prefill.")] = 1536,
+    continuation: Annotated[int, typer.Option(min=2, help="Tokens after it.")] = 512,
+    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents of each text.")] = 6,
+    retrieval_length: Annotated[int, typer.Option(min=64, help="Tokens that hide a fact.")] = 2000,
+    retrieval_depths: Annotated[int, typer.Option(min=1, help="Places of the fact.")] = 20,
+    sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
+    recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
+    growing: Annotated[
+        bool, typer.Option("--growing", help="Half of the continuation more, as a growing cache.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = Choosing.every,
+    observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="Write the whole result to this JSON file.")] = None,
+) -> None:
+    """Perplexity of a continuation and facts found after an exact prefill, for every score at equal bytes."""
+    with said_in_a_sentence():
+        unknown = sorted(set(score) - set(SCORES))
+        if unknown:
+            raise InputError(f"--score is {unknown[0]!r}, expected one of {', '.join(SCORES)}")
+        params = ModelParams.model_validate({"device": device, "dtype": dtype, **source_of(model, "main", "--model")})
+        record, folder = locate_model(params)
+        loaded, tokenizer = load_folder(folder, params)
+        texts = load_texts(corpus, "calibration" if calibration else "evaluation")
+        batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
+        cases = make_cases(tokenizer, texts, [retrieval_length], retrieval_depths, 1)
+        settings = {"shares": share, "sinks": sinks, "recent": recent, "every": every, "observe": observe}
+        settings |= {"context": context, "continuation": continuation, "documents_per_text": documents_per_text}
+        settings |= {
+            "growing": growing,
+            "calibration": calibration,
+            "retrieval_length": retrieval_length,
+            "retrieval_depths": retrieval_depths,
+        }
+        choosing = Choosing(every, observe)
+        make = partial(select_contenders, loaded.config, share, scores=score or SCORES, choosing=choosing)
+        contenders = make(context, sinks, recent, more=continuation // 2 if growing else 0)
+        rows = select_rows(loaded, batch, cases, contenders, context, make(retrieval_length, sinks, recent))
+    print(table(rows))
+    where = {"model": record.id, "texts": list(texts), "environment": environment(loaded)}
+    result = where | {"settings": settings, "rows": rows}
+    if output is None:
+        typer.echo(json.dumps(result))
+    else:
+        write_json(output, result)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,143 @@
+"""Plans that select beside their rivals: continuations after an exact prefill, names and bytes, the whole program."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvcompress.cache import Choosing, judged, recorded_choices
+from kvcompress.errors import InputError
+from kvcompress.evaluation.ablation import run_ablation
+from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, plan_contenders, select_contenders
+from kvcompress.evaluation.scoring import score_continuation
+from kvcompress.evaluation.select_quality import app
+from kvcompress.facts import make_cases
+from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
+from kvcompress.params.ablation import ComparePlansParams
+from kvcompress.plan import RetentionPlan
+from kvcompress.retention import FULL, PRUNED, Retention
+from kvcompress.scores import SCORES
+from tests.tiny import prose, save_tiny, tiny_model, tiny_tokenizer
+
+CONTEXT, LENGTH = 64, 96
+CHOOSING = Choosing(every=8, observe=16)
+PLANS = {
+    "full": ((FULL,) * 2,) * 2,
+    "window": ((Retention(4, 12),) * 2,) * 2,
+    "select": ((Retention(2, 10, 4, "snapkv"), FULL), (PRUNED, Retention(4, 8, 8, "key_diff"))),
+}
+
+
+def documents() -> dict[str, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: [torch.randint(1, 256, (LENGTH,), generator=generator)] for name in "ab"}
+
+
+def test_a_continuation_is_the_exact_prefill_masked_as_recorded() -> None:
+    model, texts = tiny_model("llama"), documents()
+    contenders = {
+        name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4), choosing=CHOOSING) for name, kept in PLANS.items()
+    }
+    found = {
+        size: score_continuation(model, texts, contenders, CONTEXT, size, progress=False) for size in (1, 16, LENGTH)
+    }
+    for name, kept in PLANS.items():
+        for i, (text,) in enumerate(texts.values()):
+            with torch.inference_mode():
+                with contenders[name].attached(model):
+                    cache = contenders[name].new_cache(model.config)
+                    with recorded_choices(cache) as choices:
+                        for part in text[None].split((CONTEXT, LENGTH - CONTEXT), 1):
+                            model(part, past_key_values=cache)
+                with judged(model, kept, "exact", CONTEXT, choices):
+                    logits = model(text[None], use_cache=False).logits[0, CONTEXT:-1]
+                full = model(text[None], use_cache=False).logits[0, CONTEXT:-1].log_softmax(-1)
+            mine, targets = logits.log_softmax(-1), text[CONTEXT + 1 :]
+            expected = -mine.gather(1, targets[:, None])[:, 0]
+            kl = (full.exp() * (full - mine)).sum(-1)
+            for scores in found.values():
+                np.testing.assert_allclose(scores[name].nll[i], expected.numpy(), atol=1e-4)
+                np.testing.assert_allclose(scores[name].kl[i], kl.numpy(), atol=1e-4)
+                np.testing.assert_array_equal(scores[name].correct[i], (mine.argmax(-1) == targets).numpy())
+    window = found[16]["window"]
+    assert window.nbytes_mean == window.nbytes_end == 2 * 16 * 4 * 8 * 4  # K and V, slots, heads, head size, float32
+    full = found[1]["full"]
+    assert window.nbytes_end * CONTEXT / 16 <= full.nbytes_mean < full.nbytes_end
+
+
+def test_methods_that_rank_keys_are_scored_on_continuations_too() -> None:
+    scores = score_continuation(
+        tiny_model("llama"), documents(), {"l2": FixSizeL2Compressor(24, 0.5)}, CONTEXT, 4, progress=False
+    )
+    assert scores["l2"].nll.shape == (2, LENGTH - CONTEXT - 1)
+    assert np.isfinite(scores["l2"].nll).all()
+
+
+@pytest.mark.parametrize("context", [LENGTH - 1, -1])
+def test_a_context_that_leaves_nothing_to_score(context: int) -> None:
+    with pytest.raises(InputError, match=f"context is {context} tokens, expected 0 to {LENGTH - 2} of a document"):
+        score_continuation(tiny_model("llama"), documents(), {}, context, progress=False)
+
+
+def test_every_score_has_a_plan_and_a_rival_of_the_same_bytes() -> None:
+    model = tiny_model("llama")
+    contenders = select_contenders(model.config, [0.5, 0.25], 128, recent=0.25, choosing=CHOOSING)
+    assert list(contenders)[:3] == [FULL_CACHE, "uniform 50.00%", "select key_norm 50.00%"]
+    assert len(contenders) == 1 + 2 * (1 + len(SCORES))
+    for name, one in contenders.items():
+        if name.startswith("select"):
+            rival = contenders[one.rival or ""]
+            assert one.plan
+            assert rival.plan
+            assert one.plan.held(128) == rival.plan.held(128) == 4 * (64 if "50" in name else 32)
+            assert one.compressor.choosing == CHOOSING  # type: ignore[attr-defined]
+            assert name.split()[1] == one.plan.layers[1][1].score
+    assert contenders["select leverage 25.00%"].plan.layers[0][0] == Retention(4, 7, 21, "leverage")  # type: ignore
+    grown = select_contenders(model.config, [0.25], 128, scores=["key_diff"], more=10)
+    assert grown["select key_diff 25.00%"].plan.layers[0][0] == Retention(4, 19, 19, "key_diff")  # type: ignore
+    for share in (1.0, 0.03):
+        with pytest.raises(InputError, match="expected fewer than all tokens"):
+            select_contenders(model.config, [share], 128)
+
+
+def test_plan_files_with_choosing_heads_are_compared_at_equal_bytes(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    RetentionPlan(PLANS["select"], 4, policy="mine").save(tmp_path / "mine.json")
+    contenders = plan_contenders(model.config, LENGTH, [tmp_path / "mine.json"])
+    assert contenders["uniform = mine"].family == UNIFORM
+    params = ComparePlansParams(max_tokens=LENGTH, chunk_size=32)
+    cases = make_cases(tokenizer, {"a": prose(60, 7)}, [160], 1, 1)
+    full, mine, rival = run_ablation(model, documents(), cases, contenders, params)
+    assert mine["rival"]["name"] == rival["name"]
+    assert mine["rival"]["bytes"] == pytest.approx(1, abs=0.01)
+    assert mine["kl"] > full["kl"]
+    assert mine["perplexity"] != rival["perplexity"]
+
+
+def test_the_program_compares_scores(tmp_path: Path) -> None:
+    folder, corpus = save_tiny("llama", tmp_path / "model"), tmp_path / "corpus" / "evaluation"
+    corpus.mkdir(parents=True)
+    for seed in (1, 2):
+        (corpus / f"text{seed}.txt").write_text(prose(80, seed))
+    where = ["--model", str(folder), "--corpus", str(corpus.parent), "--device", "cpu", "--every", "8"]
+    sizes = ["--context", "96", "--continuation", "32", "--documents-per-text", "1", "--retrieval-length", "160"]
+    flags = [*where, *sizes, "--retrieval-depths", "1", "--growing", "--score", "snapkv", "--score", "key_norm"]
+    result = CliRunner().invoke(app, [*flags, "--output", str(tmp_path / "quality.json")])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select key_norm 25.00%"
+    ]  # fmt: skip
+    assert len({row["nbytes_end"] for row in rows[1:]}) == len({row["nbytes_mean"] for row in rows[1:]}) == 1
+    assert rows[1]["nbytes_mean"] == 2 * 40 * 4 * 8 * 4  # a quarter of the context and half of the continuation
+    assert rows[2]["rival"]["gmean_ratio"] == pytest.approx(
+        rows[2]["perplexity_gmean"] / rows[1]["perplexity_gmean"], abs=1e-4
+    )
+    assert set(rows[2]["retrieval"]) == {"passkey", "needle", "lookup"}
+    assert "| select key_norm 25.00% |" in result.output
+    failed = CliRunner().invoke(app, [*where, "--score", "magic"])
+    assert failed.exit_code == 1
+    assert "--score is 'magic', expected one of key_norm" in failed.output
