@@ -10,7 +10,7 @@ from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED, calibratio
 from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
 from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.facts import FILLER, PLACES, TEMPLATES, WORDS
+from kvcompress.facts import FILLER, TEMPLATES, WORDS
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
@@ -108,15 +108,23 @@ def test_a_model_comes_back_as_it_was() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def subject(question: str) -> str:
+    """Who is asked about: two words, of which the first is one of WORDS."""
+    words = question.replace("?", "").split()
+    return next((" ".join(words[i : i + 2]) for i in range(len(words)) if words[i] in WORDS), "")
+
+
 def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
     tokenizer, params = tiny_tokenizer(), PARAMS.model_copy(update={"fact_contexts": 12, "facts_per_context": 1})
     found = calibration_facts(tokenizer, TEXTS, 900, params)
 
     def read(ids: list[int]) -> str:  # the tiny tokenizer's decoder leaves a mark for every space
-        return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
+        return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ").replace("Ċ", " ")
 
     assert len(found) == 12
-    wordings, fillers = set(), set()
+    wordings: set[str] = set()
+    fillers: set[str] = set()
+    every = [question for _, question in (*REPEATED, *TEMPLATES["calibration"])]
     for i, (context, asked) in enumerate(found):
         text = read(context)
         fillers |= {filler for filler in MONOTONY if filler[:20] in text}
@@ -126,9 +134,9 @@ def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
             value = read(answer).strip()
             assert text.count(value) >= 1 + i % 2
             assert text.index(value) < len(text) - PARAMS.far  # a fact that is not far would carry nothing
-            wordings.add(" ".join(word for word in read(question).split() if word not in {*WORDS, *PLACES, "?"})[-20:])
+            wordings |= {one for one in every if read(question).strip() == one.format(who=subject(read(question)))}
     assert len(fillers) == 2  # a filler serves every wording before the next one comes
-    assert len(wordings) == len(REPEATED) + len(TEMPLATES["calibration"])
+    assert wordings == set(every)
 
 
 def test_what_calibrates_is_not_said_in_the_words_that_judge() -> None:
