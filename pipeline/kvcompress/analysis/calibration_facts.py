@@ -1,8 +1,8 @@
 """Facts to price heads on: half of the contexts are real prose, half are a few sentences over and over.
 
 Heads that find a fact in prose are not all that find one in a monotonous text, where every sentence but one has been
-read before; and heads that find one wording are not all that find another. So wordings and fillers take turns, and a
-context holds one fact alone unless asked for more. Nothing here is said in the words of the cases that evaluate.
+read before; and heads that find one wording are not all that find another. So wordings and fillers take turns. The
+sentences are others than those of the cases that evaluate; that a number can hide in monotony is what both have in common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ REPEATED = (
         "What is the magic number of {who}? The magic number of {who} is",
     ),
     (
-        "The number of the safe is {value}. Memorize it. {value} opens the safe.",
-        "What is the number of the safe? The number of the safe is",
+        "The number of the safe of {who} is {value}. Memorize it. {value} opens the safe of {who}.",
+        "What is the number of the safe of {who}? The number of the safe of {who} is",
     ),
 )
 

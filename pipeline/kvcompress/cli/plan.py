@@ -41,7 +41,7 @@ def plan(
     ),
     max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document that heads are priced on.")] = 2048,
     documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
-    facts_per_context: Annotated[int, typer.Option(min=1, help="Facts in each text that is asked about.")] = 1,
+    facts_per_context: Annotated[int, typer.Option(min=1, help="Facts in each text that is asked about.")] = 2,
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,

@@ -60,7 +60,7 @@ def main(
         if random_weights:
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=True)
         model = model.to(device).eval()
         costs: list[Cost] = []
         for tokens in context:

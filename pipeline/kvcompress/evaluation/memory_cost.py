@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -49,8 +49,10 @@ def resident_bytes() -> int:
 def one(folder: Folder, share: float, context: Context, chunk: Chunk, random_weights: Random = False) -> None:
     """One contender in this process; a share of 0 stands for `DynamicCache`."""
     config = AutoConfig.from_pretrained(folder)
-    build: Any = AutoModelForCausalLM.from_config if random_weights else AutoModelForCausalLM.from_pretrained
-    model = build(config if random_weights else folder, dtype=torch.float32).eval()
+    if random_weights:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     compressor = HeadAwareCompressor.from_plan(plan_of(config, context, share or 1.0, 0.0))
     cache = compressor.new_cache(config, "streaming") if share else DynamicCache(config=config)
     ids = torch.randint(0, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))

@@ -82,7 +82,8 @@ def main(
     """The largest difference between a model on one device and the same model partly offloaded."""
     with said_in_a_sentence(), TemporaryDirectory() as scratch:
         place = resolve_device(device)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if folder else random_llama()
+        options = {"dtype": torch.float32, "use_safetensors": True}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **options) if folder else random_llama()
         model = loaded.eval().to(place)
         where, count = environment(model), sum(parameter.numel() for parameter in model.parameters())
         vocabulary = model.get_input_embeddings().num_embeddings

@@ -27,7 +27,7 @@ from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
-from kvcompress.facts import Case, make_cases
+from kvcompress.facts import Case, Use, make_cases
 from kvcompress.models import load_folder, locate_model
 from kvcompress.params.model import ModelParams, source_of
 from kvcompress.scores import SCORES
@@ -125,7 +125,8 @@ def main(
         loaded, tokenizer = load_folder(folder, params)
         texts = load_texts(corpus, "calibration" if calibration else "evaluation")
         batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
-        cases = make_cases(tokenizer, texts, [retrieval_length], retrieval_depths, 1)
+        use: Use = "calibration" if calibration else "evaluation"
+        cases = make_cases(tokenizer, texts, [retrieval_length], retrieval_depths, 1, use=use)
         settings = {"shares": share, "sinks": sinks, "recent": recent, "every": every, "observe": observe}
         settings |= {"context": context, "continuation": continuation, "documents_per_text": documents_per_text}
         settings |= {

@@ -26,9 +26,9 @@ class SensitivityParams(SectionParams):
     joint_windows: Windows = [32, 128]
     joint_documents: Count = 1
     sinks: Annotated[int, Field(ge=0, le=64)] = 4
-    fact_contexts: Count = 24
-    fact_tokens: Annotated[int, Field(ge=64)] = 768
-    facts_per_context: Annotated[int, Field(ge=1, le=64)] = 1
+    fact_contexts: Count = 12
+    fact_tokens: Annotated[int, Field(ge=64)] = 2048
+    facts_per_context: Annotated[int, Field(ge=1, le=64)] = 2
     far: Count = 256
     nodes: Annotated[int, Field(ge=1, le=16)] = 3
     seed: Annotated[int, Field(ge=0)] = 0
