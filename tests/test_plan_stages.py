@@ -36,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_is_a_plan_for_every_policy_and_budget(project: Path) -> None:
     (folder,) = (project / "reports/plans").iterdir()
     names = {path.stem for path in folder.glob("*.json")}
-    policies = ("uniform", "class_table_scaled", "retrieval_heads", "priced", "random", "inverse")
+    policies = ("uniform", "class_table_scaled", "retrieval_heads", "priced", "select", "random", "inverse")
     assert names == {
         "class_table",
         *(f"{policy}-{size}" for policy in policies for size in ("6.25", "12.5", "25", "50")),

@@ -11,9 +11,9 @@ from kvcompress.errors import InputError
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
+from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner, selective
 from kvcompress.planning.shapes import flat
-from kvcompress.retention import FULL
+from kvcompress.retention import FULL, Retention, require_possible
 
 LAYERS, KV_HEADS, CONTEXT = 5, 3, 1024
 WINDOWS = [16, 64, 256, 900]
@@ -141,6 +141,28 @@ def test_priced_buys_more_than_uniform_and_controls(planner: Planner) -> None:
     budget = Budget.parse(0.25)
     cost = {name: planner.pricing.text(held(planner.plan(name, budget))) for name in POLICIES}
     assert cost["priced"] < min(cost[name] for name in ("uniform", "random", "inverse", "class_table_scaled"))
+
+
+def test_select_fills_part_of_every_window_by_content(planner: Planner) -> None:
+    budget = Budget.parse(0.25)
+    windows, mixed = flat(planner.plan("priced", budget)), flat(planner.plan("select", budget))
+    score, part = planner.selection
+    assert FULL in windows
+    for kept, also in zip(windows, mixed, strict=True):
+        if kept == FULL:
+            assert also == FULL
+            continue
+        assert also.capacity == kept.capacity
+        assert (also.sinks, also.score) == (kept.sinks, score)
+        assert also.chosen == pytest.approx(part * kept.window, abs=0.5)
+        assert also.window >= 1
+
+
+@pytest.mark.parametrize(("window", "part", "chosen"), [(1, 0.9, 0), (2, 0.9, 1), (10, 0.3, 3), (10, 0.01, 0)])
+def test_a_short_window_stays_a_window(window: int, part: float, chosen: int) -> None:
+    found = selective(Retention(4, window), "key_diff", part)
+    assert found == Retention(4, window - chosen, chosen, "key_diff" if chosen else "")
+    require_possible([[found]])
 
 
 def test_the_scaled_class_table_keeps_its_shape(planner: Planner) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from kvcompress import ranks
@@ -126,7 +127,9 @@ def test_a_killed_process_ends_the_run_and_the_next_one_succeeds(project: Path, 
     assert process.stderr
     seen = b""
     while b"tok" not in seen or b"  0%" in seen[-60:]:  # the bar moves: the model is at work
-        seen += os.read(process.stderr.fileno(), 200)
+        more = os.read(process.stderr.fileno(), 200)
+        assert more, seen  # it ended
+        seen += more
     workers = children(process.pid)
     assert len(workers) == 2
     start = time.monotonic()
@@ -170,11 +173,19 @@ def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ranks.own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="'cuda:0', but 2 processes need a GPU each"):
         ranks.own_device("cuda:0")
+    others = [torch.tensor(1)]  # what the other processes say of themselves
+    monkeypatch.setattr(dist, "all_reduce", lambda mine, op, group: mine.copy_(torch.minimum(mine, *others)))
     moved: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", moved.append)
     ranks.exchange_on(torch.device("cuda:1"))
     assert ranks._joined is not None
     assert ranks._joined.device == torch.device("cuda:1")
+    # One other process of the run, perhaps on another machine, has no GPU for itself.
+    monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
+    others[0] = torch.tensor(0)
+    ranks.exchange_on(torch.device("cuda:1"))
+    assert ranks._joined.device == torch.device("cpu")
+    others[0] = torch.tensor(1)
     # Two processes on each GPU: NCCL cannot, so they exchange through gloo.
     monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
     for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
@@ -182,7 +193,7 @@ def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ranks.own_device("auto") == "cuda:1"
     ranks.exchange_on(torch.device("cuda:1"))
     assert ranks._joined.device == torch.device("cpu")
-    assert moved == [torch.device("cuda:1")] * 2
+    assert moved == [torch.device("cuda:1")] * 3
 
 
 def test_a_stage_that_works_alone_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from kvcompress.cache.rotation import Rotation
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.scores import SCORES, Held, make_score, received
 from kvcompress.scores.expected_attention import ExpectedAttention
+from kvcompress.scores.history import Received
 from kvcompress.scores.leverage import Leverage
 from tests.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
@@ -20,6 +21,10 @@ ROTATION_OF_4 = Rotation(4, 10.0)
 
 def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def with_new_keys(before: Received, keys: int) -> Received:
+    return Received(*(torch.nn.functional.pad(tensor, (0, keys)) for tensor in (before.total, before.queries)))
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -124,7 +129,7 @@ def test_attention_adds_up_over_chunks() -> None:
             positions=held.positions[..., :end],
             queries=held.queries[:, :, begin:end],
             query_positions=torch.arange(begin, end)[None],
-            earlier=None if before is None else before.extended(end - begin),
+            earlier=None if before is None else with_new_keys(before, end - begin),
         )
         before = received(chunk)
     assert before is not None

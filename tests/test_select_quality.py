@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache import Choosing, judged, recorded_choices
 from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation import run_ablation
@@ -17,6 +18,7 @@ from kvcompress.evaluation.select_quality import app
 from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
+from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
 from kvcompress.scores import SCORES
@@ -125,19 +127,32 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     where = ["--model", str(folder), "--corpus", str(corpus.parent), "--device", "cpu", "--every", "8"]
     sizes = ["--context", "96", "--continuation", "32", "--documents-per-text", "1", "--retrieval-length", "160"]
     flags = [*where, *sizes, "--retrieval-depths", "1", "--growing", "--score", "snapkv", "--score", "key_norm"]
+    model = tiny_model("llama")
+    params = SensitivityParams(
+        max_tokens=128, documents_per_text=1, windows=[8, 32], joint_windows=[16], fact_contexts=1, facts_per_context=1,
+        far=16, nodes=1,
+    )  # fmt: skip
+    measure_sensitivity(model, tiny_tokenizer(), {"a": prose(80, 3)}, params, progress=False).save(tmp_path / "prices")
+    flags += ["--sensitivity", str(tmp_path / "prices"), "--policy", "select", "--policy", "priced", "--task", "needle"]
     result = CliRunner().invoke(app, [*flags, "--output", str(tmp_path / "quality.json")])
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select key_norm 25.00%"
+        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select key_norm 25.00%", "select 25.00%",
+        "priced 25.00%",
     ]  # fmt: skip
-    assert len({row["nbytes_end"] for row in rows[1:]}) == len({row["nbytes_mean"] for row in rows[1:]}) == 1
+    assert len({row["nbytes_end"] for row in rows[1:]}) == 1
+    assert len({row["nbytes_mean"] for row in rows[1:4]}) == 1
+    assert rows[4]["nbytes_mean"] <= rows[1]["nbytes_mean"]  # a full head grows
+    assert rows[4]["rival"]["name"] == rows[5]["rival"]["name"] == "uniform 25.00%"
     assert rows[1]["nbytes_mean"] == 2 * 40 * 4 * 8 * 4  # a quarter of the context and half of the continuation
     assert rows[2]["rival"]["gmean_ratio"] == pytest.approx(
         rows[2]["perplexity_gmean"] / rows[1]["perplexity_gmean"], abs=1e-4
     )
-    assert set(rows[2]["retrieval"]) == {"passkey", "needle", "lookup"}
+    assert set(rows[2]["retrieval"]) == {"needle"}
     assert "| select key_norm 25.00% |" in result.output
     failed = CliRunner().invoke(app, [*where, "--score", "magic"])
     assert failed.exit_code == 1
     assert "--score is 'magic', expected one of key_norm" in failed.output
+    failed = CliRunner().invoke(app, [*where, "--task", "magic"])
+    assert "--task is 'magic', expected one of passkey" in failed.output

@@ -144,7 +144,9 @@ def test_a_killed_stage_leaves_no_result_and_the_next_run_succeeds(tmp_path: Pat
         assert process.stderr
         seen = b""
         while b"%" not in seen or b"  0%" in seen[-40:]:  # the progress bar moves: the model is at work
-            seen += os.read(process.stderr.fileno(), 200)
+            more = os.read(process.stderr.fileno(), 200)
+            assert more, seen  # it ended
+            seen += more
         time.sleep(0.1)
         process.send_signal(kill)
         assert process.wait(timeout=30) != 0

@@ -6,9 +6,9 @@ their facts in different words.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +17,7 @@ from kvcompress.errors import InputError
 
 Task = Literal["passkey", "needle", "lookup"]
 Use = Literal["calibration", "evaluation"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 WORDS = """
@@ -36,6 +37,7 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
         ("The password for {who} was set to {value}.", "The password for {who} was set to"),
         ("The favorite thing of {who} is the {value}.", "The favorite thing of {who} is the"),
         ("Visitors of {who} must ask for {value}.", "Visitors of {who} must ask for"),
+        ("The parcel of {who} lies on the shelf {value}.", "The parcel of {who} lies on the shelf"),
     ),
 }
 
@@ -150,8 +152,12 @@ def make_cases(
     per_depth: int,
     seed: int = 0,
     use: Use = "evaluation",
+    tasks: Collection[Task] = TASKS,
 ) -> list[Case]:
-    """All three tasks for every length and `depths` evenly spread depths, `per_depth` cases of each."""
+    """The tasks for every length and `depths` evenly spread depths, `per_depth` cases of each.
+
+    A case does not depend on which tasks are asked for beside its own.
+    """
     maker = CaseMaker(tokenizer, seed, use)
     texts = [maker.encode(text) for text in prose.values()]
     cases = []
@@ -162,4 +168,4 @@ def make_cases(
                 cases.append(maker.passkey(length, depth))
                 cases.append(maker.needle(texts[(i + repeat) % len(texts)], length, depth))
                 cases.append(maker.lookup(length, depth))
-    return cases
+    return [case for case in cases if case.task in tasks]

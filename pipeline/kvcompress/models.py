@@ -224,9 +224,10 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
         )
         if device is not None:
             model.to(device)
-            ranks.exchange_on(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model folder {folder} cannot be loaded: {in_short(error)}") from error
+    if device is not None:
+        ranks.exchange_on(device)
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:  # transformers would go on with random weights
         raise InputError(f"the weights in {folder} lack {lacking[0]}, or have it in another shape (of {len(lacking)})")

@@ -108,11 +108,19 @@ def own_device(name: str) -> str:
 
 
 def exchange_on(device: torch.device) -> None:
-    """Exchange tensors on `device` from now on; a GPU takes NCCL, unless several processes share it."""
-    if _joined and device.type == "cuda":
+    """Exchange tensors on `device` from now on, if every process of the run has a GPU for itself; all have to call this.
+
+    Else they stay on the CPU: several processes on one GPU, or some without any, cannot take NCCL.
+    """
+    if _joined is None:
+        return
+    alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count():
-            _joined.device = device
+    every = torch.tensor(int(alone))
+    dist.all_reduce(every, dist.ReduceOp.MIN, group=_joined.group)
+    if every:
+        _joined.device = device
 
 
 def mine(costs: Sequence[float]) -> list[int]:

@@ -1,8 +1,10 @@
 """Facts to price heads on: half of the contexts are real prose, half are a few sentences over and over.
 
 Heads that find a fact in prose are not all that find one in a monotonous text, where every sentence but one has been
-read before; and heads that find one wording are not all that find another. So wordings and fillers take turns. The
-sentences are others than those of the cases that evaluate; that a number can hide in monotony is what both have in common.
+read before; and heads that find one wording are not all that find another. So wordings and fillers take turns. Some
+wordings do not let one guess that the answer is a number: that it is one must be found as well, and other heads find it.
+The sentences are others than those of the cases that evaluate; that a number can hide in monotony is what both have in
+common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ MONOTONY = (
     "One two three four. The clock ticks on the wall. A dog sleeps. Water runs down the hill. ",
     "The sea is wide. Ships come and go. Nobody counts them. The wind blows again. Stars come out at night. ",
 )
-# What monotonous text says twice of a number, and how it is asked for.
+# What monotonous text says twice of a number, and how it is asked for; the last three do not say that it is a number.
 REPEATED = (
     (
         "The access code of {who} is {value}. Keep it in mind: {value} is the access code of {who}.",
@@ -30,6 +32,18 @@ REPEATED = (
     (
         "The number of the safe of {who} is {value}. Memorize it. {value} opens the safe of {who}.",
         "What is the number of the safe of {who}? The number of the safe of {who} is",
+    ),
+    (
+        "The watchword of {who} is {value}. Keep it ready: {value} is the watchword of {who}.",
+        "Which watchword does {who} have? The watchword of {who} is",
+    ),
+    (
+        "The secret of {who} is {value}. Tell nobody. {value} is the secret of {who}.",
+        "What is the secret of {who}? The secret of {who} is",
+    ),
+    (
+        "The label of {who} is {value}. Learn it by heart. {value} is the label of {who}.",
+        "What is the label of {who}? The label of {who} is",
     ),
 )
 
@@ -61,10 +75,11 @@ def calibration_facts(
     prose = [maker.encode(text) for text in texts.values()]
     found = []
     for i in range(params.fact_contexts):
-        maker.repeated, maker.turn = bool(i % 2), i // 2
-        body = prose[i // 2 % len(prose)]
-        if maker.repeated:
-            sentences = maker.encode(MONOTONY[i // 2 // len(REPEATED) % len(MONOTONY)])
+        turn = i // 2
+        maker.repeated, maker.turn = bool(i % 2), turn
+        body = prose[turn % len(prose)]
+        if maker.repeated:  # in the second round of wordings each meets another filler
+            sentences = maker.encode(MONOTONY[(turn + turn // len(REPEATED)) % len(MONOTONY)])
             body = sentences * (length // len(sentences) + 1)
         found.append(maker.many(body, length, params.facts_per_context, params.far))
     return found

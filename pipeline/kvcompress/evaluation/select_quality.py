@@ -1,6 +1,9 @@
 """How well each score chooses: uniform `select` plans of every score beside sink + window of the same bytes.
 
     python -m kvcompress.evaluation.select_quality --share 0.5 --share 0.25 --output select_quality.json
+    python -m kvcompress.evaluation.select_quality --sensitivity data/head_sensitivity.safetensors --policy select
+
+Plans of `allocate`'s policies compete where prices are given. Processes that torchrun started share the work.
 
 A context is read in one exact pass by the contender's own cache, without what comes after it, and compressed once. Then
 either a continuation is scored (`score_continuation`) or a question about the context is asked (`retrieve`). A share is
@@ -9,30 +12,51 @@ average, half of it more: `--growing` gives that to all, so that bytes are those
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers import PreTrainedModel
 
+from kvcompress import ranks
+from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.artifacts import write_json
 from kvcompress.cache.choices import Choosing
 from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
-from kvcompress.evaluation.contenders import FULL_CACHE, Contender, select_contenders
+from kvcompress.evaluation.contenders import FULL_CACHE, Contender, of_plan, select_contenders
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
-from kvcompress.facts import Case, Use, make_cases
+from kvcompress.facts import TASKS, Case, Task, Use, make_cases
 from kvcompress.models import load_folder, locate_model
+from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.model import ModelParams, source_of
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.policies import Planner
 from kvcompress.scores import SCORES
 
 app = typer.Typer(add_completion=False)
+
+
+def policy_contenders(
+    planner: Planner, policies: Iterable[str], shares: Sequence[float], tokens: int, choosing: Choosing, more: int = 0
+) -> dict[str, Contender]:
+    """A plan `POLICY SHARE` of every policy, of as many slots in all as `select_contenders` gives its plans.
+
+    Their rivals are the uniform plans there. Budgets count at the planner's context. Raises `InputError` for an unknown
+    policy.
+    """
+    found = []
+    for share in shares:
+        budget = Budget.parse(f"{round(share * tokens) + more} tokens")
+        for policy in policies:
+            name, plan = f"{policy} {share:.2%}", planner.plan(policy, budget)
+            found.append(of_plan(name, policy, "select", plan, f"uniform {share:.2%}", choosing))
+    return {contender.name: contender for contender in found}
 
 
 def select_rows(
@@ -99,11 +123,15 @@ def main(
     calibration: Annotated[bool, typer.Option("--calibration", help="Judge on the texts that calibrate.")] = False,
     share: Annotated[list[float], typer.Option(help="Share of the context held (repeatable).")] = [0.25],  # noqa: B006
     score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
+    sensitivity: Annotated[Path | None, typer.Option(help="Prices of heads, to make plans from.")] = None,
+    policy: Annotated[list[str], typer.Option(help="Policies of plans from prices.")] = ["select"],  # noqa: B006
     context: Annotated[int, typer.Option(min=64, help="Tokens of the exact prefill.")] = 1536,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens after it.")] = 512,
     documents_per_text: Annotated[int, typer.Option(min=1, help="Documents of each text.")] = 6,
     retrieval_length: Annotated[int, typer.Option(min=64, help="Tokens that hide a fact.")] = 2000,
     retrieval_depths: Annotated[int, typer.Option(min=1, help="Places of the fact.")] = 20,
+    retrieval_per_depth: Annotated[int, typer.Option(min=1, help="Facts of each task at every place.")] = 1,
+    task: Annotated[list[str], typer.Option(help="Kinds of facts.")] = list(TASKS),  # noqa: B006
     sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
     recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
     growing: Annotated[
@@ -117,28 +145,49 @@ def main(
 ) -> None:
     """Perplexity of a continuation and facts found after an exact prefill, for every score at equal bytes."""
     with said_in_a_sentence():
-        unknown = sorted(set(score) - set(SCORES))
-        if unknown:
-            raise InputError(f"--score is {unknown[0]!r}, expected one of {', '.join(SCORES)}")
+        for option, given, known in (("--score", score, SCORES), ("--task", task, TASKS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise InputError(f"{option} is {unknown[0]!r}, expected one of {', '.join(known)}")
+        ranks.join()
         params = ModelParams.model_validate({"device": device, "dtype": dtype, **source_of(model, "main", "--model")})
         record, folder = locate_model(params)
         loaded, tokenizer = load_folder(folder, params)
         texts = load_texts(corpus, "calibration" if calibration else "evaluation")
         batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
         use: Use = "calibration" if calibration else "evaluation"
-        cases = make_cases(tokenizer, texts, [retrieval_length], retrieval_depths, 1, use=use)
+        asked: list[Task] = [name for name in TASKS if name in task]
+        cases = make_cases(
+            tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, use=use, tasks=asked
+        )
         settings = {"shares": share, "sinks": sinks, "recent": recent, "every": every, "observe": observe}
         settings |= {"context": context, "continuation": continuation, "documents_per_text": documents_per_text}
         settings |= {
             "growing": growing,
             "calibration": calibration,
+            "policies": policy if sensitivity else [],
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
         }
-        choosing = Choosing(every, observe)
-        make = partial(select_contenders, loaded.config, share, scores=score or SCORES, choosing=choosing)
-        contenders = make(context, sinks, recent, more=continuation // 2 if growing else 0)
-        rows = select_rows(loaded, batch, cases, contenders, context, make(retrieval_length, sinks, recent))
+        choosing, prices = Choosing(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
+        spending = BudgetParams()
+
+        def compete(tokens: int, end: int, more: int) -> dict[str, Contender]:
+            found = select_contenders(
+                loaded.config, share, tokens, sinks, recent, score or SCORES, choosing=choosing, more=more
+            )
+            if prices:
+                planner = Planner(
+                    prices, record.id, record.head_dim, 4, end, spending.balance, selection=spending.selection()
+                )
+                found |= policy_contenders(planner, policy, share, tokens, choosing, more)
+            return found
+
+        contenders = compete(context, context + continuation, continuation // 2 if growing else 0)
+        asking = compete(retrieval_length, retrieval_length, 0)
+        rows = select_rows(loaded, batch, cases, contenders, context, asking)
+        if not ranks.leave():  # every process has all, one writes it
+            return
     print(table(rows))
     where = {"model": record.id, "texts": list(texts), "environment": environment(loaded)}
     result = where | {"settings": settings, "rows": rows}

@@ -39,6 +39,7 @@ def make_plan(
     if not isinstance(texts, Mapping):
         texts = {f"text {i}": text for i, text in enumerate(texts)}
     settings = params or SensitivityParams()
+    spending = BudgetParams()
     found = sensitivity or measure_sensitivity(model, tokenizer, texts, settings)
     planner = Planner(
         found,
@@ -46,7 +47,8 @@ def make_plan(
         model_shape(model.config).head_dim,
         model.dtype.itemsize,
         context_length or found.context,
-        BudgetParams().balance if balance is None else balance,
+        spending.balance if balance is None else balance,
         None if classifications is None else Path(classifications),
+        selection=spending.selection(),
     )
     return planner.plan(policy, amount)

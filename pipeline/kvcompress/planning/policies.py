@@ -1,7 +1,7 @@
 """Policies by name: how a budget of slots becomes a retention plan."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Planner:
     """Makes plans for one model at one context length.
 
     `balance`: nats a token of text that it is worth to answer every question about far facts. `classifications`: the class
-    table's file, needed by its two policies alone.
+    table's file, needed by its two policies alone. `selection`: how the policy `select` chooses keys.
     """
 
     sensitivity: Sensitivity
@@ -34,6 +34,7 @@ class Planner:
     balance: float
     classifications: Path | None = None
     seed: int = 0
+    selection: tuple[str, float] = ("expected_attention", 0.5)  # score, and part of a head's slots that it fills
     _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -159,12 +160,28 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
     return inverted(priced(planner, budget))
 
 
+def select(planner: Planner, budget: Budget) -> RetentionPlan:
+    """The division of `priced`; of a head that is not full, a part of the slots holds keys that a score chooses."""
+    plan, (score, part) = priced(planner, budget), planner.selection
+    layers = tuple(tuple(selective(kept, score, part) for kept in layer) for layer in plan.layers)
+    return replace(plan, layers=layers, policy="select", made_from=plan.made_from | {"score": score, "part": part})
+
+
+def selective(kept: Retention, score: str, part: float) -> Retention:
+    """The same slots, with `part` of those that are no sinks chosen by content; at least one stays a window."""
+    if kept.unbounded or kept.pruned:
+        return kept
+    chosen = min(round(part * kept.window), kept.window - 1)
+    return Retention(kept.sinks, kept.window - chosen, chosen, score) if chosen else kept
+
+
 POLICIES: dict[str, Callable[[Planner, Budget], RetentionPlan]] = {
     "uniform": uniform,
     "class_table": class_table,
     "class_table_scaled": class_table_scaled,
     "retrieval_heads": retrieval_heads,
     "priced": priced,
+    "select": select,
     "random": random,
     "inverse": inverse,
 }

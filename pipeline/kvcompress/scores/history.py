@@ -6,7 +6,6 @@ takes the same slots of both; new keys begin with nothing.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -26,7 +25,3 @@ class Received:
     def take(self, slots: Tensor) -> "Received":
         """The same of the keys in these slots, `[batch, kv_head, kept]`."""
         return Received(self.total.gather(2, slots), self.queries.gather(2, slots))
-
-    def extended(self, keys: int) -> "Received":
-        """The same with `keys` new keys after the others."""
-        return Received(*(torch.nn.functional.pad(tensor, (0, keys)) for tensor in (self.total, self.queries)))
