@@ -10,6 +10,7 @@ import pytest
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import load_statistics
+from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
@@ -43,7 +44,9 @@ def test_there_is_a_plan_for_every_policy_and_budget(project: Path) -> None:
     }
     for path in folder.glob("*-*.json"):
         plan = RetentionPlan.load(path)
-        assert 100 * plan.share(2048) == pytest.approx(float(path.stem.split("-")[1]), rel=0.005)
+        held = plan.held(2048) + evidence_slots(plan)
+        whole = plan.num_layers * plan.num_key_value_heads * 2048
+        assert 100 * held / whole == pytest.approx(float(path.stem.split("-")[1]), rel=0.005)
         assert plan.policy == path.stem.split("-")[0]
         assert plan.made_from["texts"] == ["seen"]
 

@@ -1,12 +1,14 @@
 """Policies: every budget is hit, every policy keeps what its name promises, and the best plan is the best of all counts."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.plan import RetentionPlan
@@ -58,10 +60,11 @@ def test_every_budget_is_hit(planner: Planner, policy: str, budget: float | str,
     amount = Budget.parse(budget)
     plan = planner.plan(policy, amount)
     wanted = planner.slots(amount)
-    assert plan.held(CONTEXT) == pytest.approx(wanted, rel=0.005)
-    assert plan.nbytes(CONTEXT, 64, 2) <= wanted * 256
+    held = plan.held(CONTEXT) + evidence_slots(plan)
+    assert held == pytest.approx(wanted, rel=0.005)
+    assert held <= wanted
     if amount.kind == "bytes":
-        assert plan.nbytes(CONTEXT, 64, 2) == pytest.approx(amount.value, rel=0.005)
+        assert held * 256 == pytest.approx(amount.value, rel=0.005)
     plan.save(tmp_path / "plan.json")
     again = RetentionPlan.load(tmp_path / "plan.json")
     assert again == plan
@@ -145,7 +148,11 @@ def test_priced_buys_more_than_uniform_and_controls(planner: Planner) -> None:
 
 def test_select_fills_part_of_every_window_by_content(planner: Planner) -> None:
     budget = Budget.parse(0.25)
-    windows, mixed = flat(planner.plan("priced", budget)), flat(planner.plan("select", budget))
+    plan = planner.plan("select", budget)
+    queries = LAYERS * 2 * KV_HEADS * Choosing().observe // 2  # two heads of queries share a KV head; half a slot each
+    assert evidence_slots(plan) == queries
+    division = planner.pricing.best(planner.slots(budget) - queries, planner.balance)
+    windows, mixed = flat(planner.of_division(division, "priced", budget)), flat(plan)
     score, part = planner.selection
     assert FULL in windows
     for kept, also in zip(windows, mixed, strict=True):
@@ -156,6 +163,18 @@ def test_select_fills_part_of_every_window_by_content(planner: Planner) -> None:
         assert (also.sinks, also.score) == (kept.sinks, score)
         assert also.chosen == pytest.approx(part * kept.window, abs=0.5)
         assert also.window >= 1
+
+
+def test_scores_without_queries_take_nothing_from_the_budget(planner: Planner) -> None:
+    budget = Budget.parse(0.25)
+    plan = replace(planner, selection=("key_diff", 0.5)).plan("select", budget)
+    assert evidence_slots(plan) == 0
+    assert plan.held(CONTEXT) == planner.plan("priced", budget).held(CONTEXT)
+
+
+def test_a_budget_that_queries_use_up(planner: Planner) -> None:
+    with pytest.raises(InputError, match="no room for keys beside queries, which take 240"):
+        planner.plan("select", Budget.parse("16 tokens"))
 
 
 @pytest.mark.parametrize(("window", "part", "chosen"), [(1, 0.9, 0), (2, 0.9, 1), (10, 0.3, 3), (10, 0.01, 0)])

@@ -1,8 +1,8 @@
 """Texts with facts in them, and the questions that ask for the facts.
 
 Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case
-is a context, a question that names the fact, and the answer. What calibrates never judges: needles of the two uses say
-their facts in different words.
+is a context, a question that names the fact, and the answer. What calibrates never judges: the two uses say their facts in
+different words, between other words.
 """
 
 import random
@@ -20,6 +20,20 @@ Use = Literal["calibration", "evaluation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+# (what is said over and over, the fact, the question) of a passkey; that of evaluation is the published one.
+PASSKEY: dict[Use, tuple[str, str, str]] = {
+    "evaluation": (
+        FILLER,
+        "The pass key is {key}. Remember it. {key} is the pass key.",
+        "What is the pass key? The pass key is",
+    ),
+    "calibration": (
+        "Snow is white. Night is dark. Leaves fall in the yard. Who comes by? It is only the wind. ",
+        "Her final reply was {key}. Note it down. {key} was her final reply.",
+        "What was her final reply? Her final reply was",
+    ),
+}
+LOOKUP: dict[Use, str] = {"evaluation": "{name}: {value}", "calibration": "{name} = {value}"}
 WORDS = """
 apple river stone garden silver window engine forest candle market bridge winter copper meadow harbor lantern
 marble pepper ribbon saddle timber velvet walnut anchor basket cotton feather ginger hammer jacket kettle ladder
@@ -88,10 +102,10 @@ class CaseMaker:
     def passkey(self, length: int, depth: float) -> Case:
         """Five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
         key = self.number()
-        filler = self.encode(FILLER)
+        said, fact, question = PASSKEY[self.use]
+        filler = self.encode(said)
         body = filler * (length // len(filler) + 1)
-        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-        return self.assemble("passkey", body, fact, "What is the pass key? The pass key is", key, length, depth)
+        return self.assemble("passkey", body, fact.format(key=key), question, key, length, depth)
 
     def needle(self, prose: list[int], length: int, depth: float) -> Case:
         """A sentence that does not belong there, somewhere in real prose; its value is a number or a word."""
@@ -134,14 +148,17 @@ class CaseMaker:
 
     def lookup(self, length: int, depth: float) -> Case:
         """One line among many of the form `key: value`, all keys different; the right one at `depth`."""
-        pairs = [f"{first} {second}" for first in WORDS for second in PLACES]
-        self.random.shuffle(pairs)
-        lines = [self.encode(f"\n{pair}: {self.random.randint(1000, 9999)}") for pair in pairs[1:]]
+        names, line = [f"{first} {second}" for first in WORDS for second in PLACES], LOOKUP[self.use]
+        self.random.shuffle(names)
+        lines = [
+            self.encode("\n" + line.format(name=name, value=self.random.randint(1000, 9999))) for name in names[1:]
+        ]
         body: list[int] = []
         while len(body) < length:
             body += lines[len(body) % len(lines)]
         value = str(self.random.randint(1000, 9999))
-        return self.assemble("lookup", body, f"\n{pairs[0]}: {value}", f"{pairs[0]}:", value, length, depth)
+        fact, question = line.format(name=names[0], value=value), line.format(name=names[0], value="").rstrip()
+        return self.assemble("lookup", body, f"\n{fact}", question, value, length, depth)
 
 
 def make_cases(

@@ -1,9 +1,9 @@
 """What a shorter cache in one KV head costs on text, for every head and window, from one backward pass.
 
 Let d(t, w) be the change of a head's attention output at token t when it keeps sinks and its last w keys, and g(t) the
-gradient, with respect to that output, of the log-likelihood of a continuation drawn from the model itself. To second
-order the divergence KL(full || windowed) is 1/2 d^T F d with the Fisher information F = E[g g^T]; with its diagonal
-over tokens, that is
+gradient, with respect to that output, of the log-likelihood of tokens drawn from the model itself, one at each place of
+the text. To second order the divergence KL(full || windowed) is 1/2 d^T F d with the Fisher information F = E[g g^T];
+with its diagonal over tokens, that is
 
     price(w) = 1/2 sum_t (g(t) . d(t, w))^2 / tokens        nats a token
 

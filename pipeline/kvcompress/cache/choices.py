@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvcompress.cache.rotation import Rotation
 from kvcompress.errors import InputError
+from kvcompress.plan import RetentionPlan
 from kvcompress.scores.score import Score, require_at_least
 from kvcompress.scores.table import make_score
 
@@ -37,7 +38,7 @@ class Choosing:
     """
 
     every: int = 128
-    observe: int = 64
+    observe: int = 16
     scores: Mapping[str, Score] = field(default_factory=dict)
     rotation: Rotation | None = None
 
@@ -73,6 +74,17 @@ def of_head(choices: list[Choice], head: int) -> list[tuple[int, Tensor, Tensor]
         for choice in choices
         if head in choice.heads
     ]
+
+
+def evidence_slots(plan: RetentionPlan, choosing: Choosing | None = None) -> int:
+    """Slots of K and V that take as many bytes as the queries which a cache of this plan keeps to choose keys by.
+
+    Those are, in a layer where any head's score asks for queries, `observe` of every query head; a slot is two vectors of
+    their size. Where keys lie and what they received, a few bytes a slot, is not counted.
+    """
+    rule = choosing or Choosing()
+    asking = sum(any(kept.chosen and rule.score(kept.score).needs_queries for kept in layer) for layer in plan.layers)
+    return asking * plan.num_attention_heads * rule.observe // 2
 
 
 def require_free_of_queries(score: str, choosing: Choosing) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.cache.choices import Choosing
+from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
@@ -28,7 +28,7 @@ BOLD = {HeadType.MIXED: 32}
 class Contender:
     """`family` groups the points of one line in a figure; `rival` names who has the same bytes, None for no one.
 
-    `first_eviction` is the query position from which a head may miss a key; `plan` is None where content decides.
+    `first_eviction` is the query position from which a head may miss a key; `plan` is None where there is none.
     """
 
     name: str
@@ -59,11 +59,11 @@ def full_cache(shape: ModelShape) -> Contender:
 
 
 def with_rival(name: str, family: str, ablation: str, plan: RetentionPlan, tokens: int) -> list[Contender]:
-    """A plan, and the uniform plan that holds exactly as much after `tokens` tokens."""
+    """A plan, and the uniform plan that holds as much after `tokens` tokens, queries to choose by counted."""
     rival = f"uniform = {name}"
     return [
         of_plan(name, family, ablation, plan, rival),
-        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens)),
+        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens, more=evidence_slots(plan))),
     ]
 
 
@@ -77,7 +77,7 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
     for path in paths:
         plan, name = RetentionPlan.load(path), Path(path).stem
         plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, path)
-        held = plan.held(tokens)
+        held = plan.held(tokens) + evidence_slots(plan)
         if held in rivals:
             found.append(of_plan(name, plan.policy, "plans", plan, rivals[held]))
         else:
@@ -99,26 +99,34 @@ def select_contenders(
     """The full cache and uniform plans `select <score> <share>`, each with the uniform sink + window of the same bytes.
 
     A head holds round(share * tokens) + more slots: sinks, of the rest a window of the part `recent`, and the others are
-    chosen by the score. Raises `InputError` for shares that leave nothing to choose.
+    chosen by the score. Where a score keeps queries, they take their room out of these slots. Raises `InputError` for
+    shares that leave nothing to choose.
     """
     shape = model_shape(config)
     found, names = [full_cache(shape)], tuple(scores)
+    size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
+    rule = choosing or Choosing()
+    kept_queries = -(-rule.observe * shape.num_attention_heads // (2 * shape.num_key_value_heads))  # in slots of a head
     for share in shares:
-        slots = round(share * tokens) + more
-        window = round(recent * (slots - sinks))
-        chosen = slots - sinks - window
-        if not (slots < tokens and sinks >= 0 and window > 0 and chosen > 0):
+        slots, rival = round(share * tokens) + more, f"uniform {share:.2%}"
+        if not 0 <= sinks < slots < tokens:
             raise InputError(
-                f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks, a window of {window} and {chosen} chosen"
-                " keys, expected fewer than all tokens, at least one in the window and one chosen"
+                f"{share:.2%} of {tokens} tokens and {more} are {slots} slots, expected fewer than all tokens and more than"
+                f" {sinks} sinks"
             )
-        rival = f"uniform {share:.2%}"
-        for i, score in enumerate(names):
-            kept = Retention(sinks, window, chosen, score)
-            size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
-            plan = RetentionPlan.uniform(kept, *size, policy=f"select {score}")
-            if i == 0:
-                found.append(of_plan(rival, UNIFORM, "select", uniform_at(plan, tokens, sinks)))
+        even = RetentionPlan.uniform(Retention(sinks, slots - sinks), *size)
+        found.append(of_plan(rival, UNIFORM, "select", even))
+        for score in names:
+            room = slots - sinks - (kept_queries if rule.score(score).needs_queries else 0)
+            window = round(recent * room)
+            if not 0 < window < room:
+                raise InputError(
+                    f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks and {room} more slots with {score},"
+                    " expected room for a window and for keys to choose"
+                )
+            plan = RetentionPlan.uniform(
+                Retention(sinks, window, room - window, score), *size, policy=f"select {score}"
+            )
             found.append(of_plan(f"select {score} {share:.2%}", f"select {score}", "select", plan, rival, choosing))
     return {contender.name: contender for contender in found}
 

@@ -19,6 +19,7 @@ from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_ce
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 from kvcompress.evaluation.cost_tables import batch, kernel, prefill, steps
 from kvcompress.evaluation.scaling_tables import long, scaling
+from kvcompress.evaluation.select_quality import table as select_table
 
 Results = Sequence[Mapping[str, Any]]
 MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DOTALL)
@@ -44,9 +45,23 @@ def plans(results: Results) -> str:
     )
 
 
+def selection(result: Mapping[str, Any]) -> str:
+    """Heads that select keys by content, after an exact prefill."""
+    settings, where = result["settings"], result["environment"]
+    more = ", and half of the continuation more, as a cache that grows holds on average" if settings["growing"] else ""
+    return (
+        f"{where['device']}, {where['dtype']}, torch {where['torch']}. {settings['documents_per_text']} documents of each "
+        f"evaluation text: exact prefill of {settings['context']} tokens, perplexity of the next "
+        f"{settings['continuation']}; facts in contexts of {settings['retrieval_length']} tokens. Caches hold their share "
+        f"of the context{more}.\n\n{select_table(result['rows'])}"
+    )
+
+
 BLOCKS: dict[str, Callable[[Any], str]] = {
     "ablation": ablation,
     "plans": plans,
+    "plans_gpu": plans,
+    "selection": selection,
     "kernel": kernel,
     "steps": steps,
     "batch": batch,

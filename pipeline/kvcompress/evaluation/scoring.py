@@ -2,7 +2,7 @@
 
 A document streams through the model in chunks; every query sees exactly what its heads still hold, so what is scored is
 what a user gets, and the bytes are those of the cache that was read. Reading a document in one masked pass gives the
-same (`kvcompress.cache.judged`; a test holds the two together); content-dependent methods have no such pass.
+same (`kvcompress.cache.judged`; a test holds the two together), where content decides with its choices recorded before.
 
 A continuation is scored after an exact prefill: the context is read in one pass by the contender's own cache, so that
 whoever chooses by queries has them, compressed once, and what follows goes on in the compressed cache.
@@ -34,8 +34,9 @@ class Score:
     the second one after a context on.
 
     nll: negative log-likelihood, nats. correct: 1 where the most likely token was the right one. kl: divergence
-    KL(full cache || this), nats. Bytes are those of K and V really held, slack counted: at the end of a document, mean
-    over the passes, and the most at any time. `seconds` is the time of all its forward passes.
+    KL(full cache || this), nats. Bytes are those of K and V really held, slack counted, and of what a choice of keys goes
+    by: at the end of a document, mean over the passes, and the most at any time. `seconds` is the time of all its
+    forward passes.
     """
 
     texts: list[str]  # of each document
@@ -93,11 +94,11 @@ def score_document(
     tokens = tokens.to(reference.device)
     if context:
         model(tokens[None, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        held.append(cache.nbytes)
+        held.append(cache.nbytes + cache.evidence_nbytes)
     for start in range(context, len(tokens), chunk_size):
         chunk = tokens[start : start + chunk_size]
         logits = model(chunk[None], past_key_values=cache, use_cache=True).logits[0]
-        held.append(cache.nbytes)
+        held.append(cache.nbytes + cache.evidence_nbytes)
         target = tokens[start + 1 : start + 1 + len(chunk)]  # one fewer in the last chunk
         log_probs = torch.log_softmax(logits[: len(target)].float(), -1)
         full = reference[start - context : start - context + len(target)]
@@ -148,7 +149,8 @@ def score_contenders(
                     scored, held = score_document(model, tokens, reference, cache, size, context)
                 seconds = time.perf_counter() - start
                 found.append(np.stack([scored[name] for name in MEASURES]))
-                spent.append([held[-1], float(np.mean(held)), cache.peak_nbytes, seconds])
+                peak = cache.peak_nbytes + cache.evidence_nbytes  # which stays as it is once there is any
+                spent.append([held[-1], float(np.mean(held)), peak, seconds])
                 bar.update()
             arrays[i] = torch.from_numpy(np.stack(found))
             costs[i] = torch.tensor(spent, dtype=torch.float64)

@@ -168,6 +168,8 @@ def main(
             "policies": policy if sensitivity else [],
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
+            "retrieval_per_depth": retrieval_per_depth,
+            "tasks": asked,
         }
         choosing, prices = Choosing(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
         spending = BudgetParams()
@@ -178,7 +180,14 @@ def main(
             )
             if prices:
                 planner = Planner(
-                    prices, record.id, record.head_dim, 4, end, spending.balance, selection=spending.selection()
+                    prices,
+                    record.id,
+                    record.head_dim,
+                    4,
+                    end,
+                    spending.balance,
+                    selection=spending.selection(),
+                    choosing=choosing,
                 )
                 found |= policy_contenders(planner, policy, share, tokens, choosing, more)
             return found

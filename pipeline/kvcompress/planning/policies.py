@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
 from kvcompress.plan import RetentionPlan
@@ -35,6 +36,7 @@ class Planner:
     classifications: Path | None = None
     seed: int = 0
     selection: tuple[str, float] = ("expected_attention", 0.5)  # score, and part of a head's slots that it fills
+    choosing: Choosing = field(default_factory=Choosing)  # how often it does, and by how many queries
     _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -66,6 +68,18 @@ class Planner:
         query_heads = int(self.sensitivity.origin["num_attention_heads"])
         return RetentionPlan(layers, query_heads, self.model_id, policy, figures, origin)
 
+    def of_division(self, found: Priced, policy: str, budget: Budget) -> RetentionPlan:
+        """A plan that says what is expected of it."""
+        return self.of_slots(
+            found.held,
+            policy,
+            budget,
+            balance=self.balance,
+            retrieval_heads=found.retrieval_heads,
+            expected_divergence=round(found.text, 5),
+            expected_success=round(found.success, 4),
+        )
+
     def best(self, budget: Budget) -> Priced:
         """The division that `priced` takes."""
         if budget not in self._best:
@@ -93,16 +107,7 @@ def evenly(slots: int, heads: int) -> np.ndarray:
 
 def priced(planner: Planner, budget: Budget) -> RetentionPlan:
     """Retention by measured price (`kvcompress.planning.pricing`)."""
-    best = planner.best(budget)
-    return planner.of_slots(
-        best.held,
-        "priced",
-        budget,
-        balance=planner.balance,
-        retrieval_heads=best.retrieval_heads,
-        expected_divergence=round(best.text, 5),
-        expected_success=round(best.success, 4),
-    )
+    return planner.of_division(planner.best(budget), "priced", budget)
 
 
 def retrieval_heads(planner: Planner, budget: Budget) -> RetentionPlan:
@@ -161,10 +166,22 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 
 
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
-    """The division of `priced`; of a head that is not full, a part of the slots holds keys that a score chooses."""
-    plan, (score, part) = priced(planner, budget), planner.selection
-    layers = tuple(tuple(selective(kept, score, part) for kept in layer) for layer in plan.layers)
-    return replace(plan, layers=layers, policy="select", made_from=plan.made_from | {"score": score, "part": part})
+    """A division as `priced` makes it; of a head that is not full, a part of the slots holds keys that a score chooses.
+
+    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.cache.choices.evidence_slots`).
+    """
+    slots, (score, part) = planner.slots(budget), planner.selection
+    spare = 0
+    while True:  # which layers choose, and so keep queries, depends on the division; more room never makes them fewer
+        plan = planner.of_division(planner.pricing.best(slots - spare, planner.balance), "select", budget)
+        layers = tuple(tuple(selective(kept, score, part) for kept in layer) for layer in plan.layers)
+        plan = replace(plan, layers=layers, made_from=plan.made_from | {"score": score, "part": part})
+        needed = evidence_slots(plan, planner.choosing)
+        if needed <= spare:
+            return plan
+        if slots - needed < planner.heads:
+            raise InputError(f"a budget of {slots} slots has no room for keys beside queries, which take {needed}")
+        spare = needed
 
 
 def selective(kept: Retention, score: str, part: float) -> Retention:

@@ -36,15 +36,15 @@ def wishes(row: Sequence, windows: dict[HeadType, int]) -> list[Retention]:
     return result
 
 
-def uniform_at(plan: RetentionPlan, tokens: int, sinks: int = 4) -> RetentionPlan:
-    """Sinks + one window for all heads, holding as many slots after `tokens` tokens as `plan` does.
+def uniform_at(plan: RetentionPlan, tokens: int, sinks: int = 4, more: int = 0) -> RetentionPlan:
+    """Sinks + one window for all heads, holding after `tokens` tokens as many slots as `plan` does, and `more` in all.
 
     The remainder of the division goes to some heads, spread evenly, as one token more of window.
     """
     heads = plan.num_layers * plan.num_key_value_heads
-    each, more = divmod(plan.held(tokens), heads)
+    each, rest = divmod(plan.held(tokens) + more, heads)
     sinks = min(sinks, each - 1)
-    kept = [Retention(sinks, each - sinks + ((i + 1) * more // heads - i * more // heads)) for i in range(heads)]
+    kept = [Retention(sinks, each - sinks + ((i + 1) * rest // heads - i * rest // heads)) for i in range(heads)]
     return reshaped(plan, kept, "uniform")
 
 
