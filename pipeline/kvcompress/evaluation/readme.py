@@ -62,6 +62,7 @@ BLOCKS: dict[str, Callable[[Any], str]] = {
     "plans": plans,
     "plans_gpu": plans,
     "selection": selection,
+    "selection_less": selection,
     "kernel": kernel,
     "steps": steps,
     "batch": batch,
