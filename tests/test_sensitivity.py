@@ -150,6 +150,10 @@ def test_what_calibrates_is_not_said_in_the_sentences_that_judge() -> None:
     judging = " ".join(read(maker.tokenizer, case.context + case.question) for case in cases)
     judging += " ".join(part for pair in TEMPLATES["evaluation"] for part in pair)
     assert "The pass key is" in judging
+    calibrating = CaseMaker(tiny_tokenizer(), 0, "calibration")
+    for case in (calibrating.passkey(400, 0.5), calibrating.lookup(400, 0.5)):
+        for line in re.split(r"(?<=[.?])\s|\n", read(maker.tokenizer, case.context + case.question)):
+            assert not line.strip() or line.strip() not in judging, line
     for said in (*REPEATED, *TEMPLATES["calibration"]):
         for sentence in re.split(r"(?<=[.?:]) ", " ".join(said)):
             pattern = re.sub(r"\\{(who|value)\\}", r"[\\w{} ]+", re.escape(sentence.strip(" .?:")))
