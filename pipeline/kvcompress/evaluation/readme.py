@@ -45,6 +45,25 @@ def plans(results: Results) -> str:
     )
 
 
+def headline(results: Results) -> str:
+    """What a quarter of the cache costs, in one sentence: text and facts, beside the same window for all heads."""
+    (result,) = results
+    rows = {row["name"]: row for row in result["rows"]}
+    mine, full = rows["priced-25"], result["rows"][0]
+    rival = rows[mine["rival"]["name"]]
+    grown, evenly = (one["perplexity_gmean"] / full["perplexity_gmean"] - 1 for one in (mine, rival))
+    facts = [
+        f"{mine['retrieval'][task]['correct']} of {mine['retrieval'][task]['total']} {named} "
+        f"({full['retrieval'][task]['correct']}; {rival['retrieval'][task]['correct']})"
+        for task, named in (("needle", "in prose"), ("lookup", "in lists"), ("passkey", "passkeys in monotonous text"))
+    ]
+    return (
+        f"With a quarter of the cache, the perplexity of {result['model']} grows by {grown:.1%}, against {evenly:.1%} with "
+        "the same window for all heads at equal bytes. Of facts from anywhere in the context it finds (full cache; same "
+        f"window): {', '.join(facts)}."
+    )
+
+
 def selection(result: Mapping[str, Any]) -> str:
     """Heads that select keys by content, after an exact prefill."""
     settings, where = result["settings"], result["environment"]
@@ -59,6 +78,7 @@ def selection(result: Mapping[str, Any]) -> str:
 
 BLOCKS: dict[str, Callable[[Any], str]] = {
     "ablation": ablation,
+    "headline": headline,
     "plans": plans,
     "plans_gpu": plans,
     "selection": selection,
