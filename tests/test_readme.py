@@ -26,7 +26,12 @@ def test_marks_are_needed() -> None:
 def test_files_that_it_links_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert len(links) > 5
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for link in links:
+        name, _, heading = link.partition("#")
+        assert (ROOT / (name or "README.md")).exists(), link
+        if heading:
+            titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / (name or "README.md")).read_text())
+            assert heading in {title.lower().replace(" ", "-") for title in titles}, link
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert len(links) >= 5
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
