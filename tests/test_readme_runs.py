@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("book.txt", "another.txt", "inputs/seen.txt", "inputs/unseen.txt")):
         (folder / name).write_text(prose(900, number))
     layers = ((FULL, Retention(2, 30)), (Retention(2, 60), Retention(2, 62)))
-    for name in (f"{PLANS}/priced-25.json", f"{PLANS}/retrieval_heads-25.json", "reports/plans/tiny/priced-25.json"):
+    for name in (f"{PLANS}/priced-25.json", f"{PLANS}/select-25.json", "reports/plans/tiny/priced-25.json"):
         RetentionPlan(layers, 4, "tiny", "priced").save(folder / name)
     heads = [HeadClassification(i, j, HeadType.MIXED, 0.5) for i in range(2) for j in range(4)]
     for name in ("data/refined_classifications.json", "refined_classifications.json"):

@@ -19,7 +19,7 @@ from tests.readme_blocks import python_blocks
 from tests.tiny import prose, save_tiny
 
 SOURCES = ("pipeline", "pyproject.toml", "README.md", "LICENSE")
-PLAN = "reports/plans/SmolLM2-135M-Instruct/priced-25.json"
+PLAN = "reports/plans/SmolLM2-135M-Instruct/select-25.json"
 
 
 def copy_sources(folder: Path) -> Path:
