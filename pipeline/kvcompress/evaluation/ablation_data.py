@@ -13,6 +13,7 @@ STYLE = {
     "random": ("#999999", "x"),
     "inverted": ("#CC79A7", "+"),
     "priced": ("#009E73", "s"),
+    "select": ("#D55E00", "^"),
     "retrieval_heads": ("#E69F00", "D"),
     "class_table_scaled": ("#56B4E9", "P"),
     "inverse": ("#CC79A7", "+"),
