@@ -85,7 +85,7 @@ def test_git_holds_reports_and_no_data(project: Path) -> None:
     assert len(figures) == 11
     for name in ("index.html", "benchmark.md", "metrics/classes.json", "plots/heads.json", "analysis_summary.txt"):
         assert f"reports/{name}" in tracked
-    assert sum(name.startswith("reports/plans/") for name in tracked) == 25
+    assert sum(name.startswith("reports/plans/") for name in tracked) == 29
 
 
 def files_in(place: Path) -> dict[str, bytes]:
