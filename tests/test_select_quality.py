@@ -1,6 +1,7 @@
 """Plans that select beside their rivals: continuations after an exact prefill, names and bytes, the whole program."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from kvcompress.cache import Choosing, judged, recorded_choices
 from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation import run_ablation
-from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, plan_contenders, select_contenders
+from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders, select_contenders
 from kvcompress.evaluation.scoring import score_continuation
 from kvcompress.evaluation.select_quality import app
 from kvcompress.facts import make_cases
@@ -37,6 +38,12 @@ PLANS = {
 def documents() -> dict[str, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return {name: [torch.randint(1, 256, (LENGTH,), generator=generator)] for name in "ab"}
+
+
+def plan_of(contenders: Mapping[str, Contender], name: str) -> RetentionPlan:
+    plan = contenders[name].plan
+    assert plan is not None
+    return plan
 
 
 def test_a_continuation_is_the_exact_prefill_masked_as_recorded() -> None:
@@ -99,10 +106,10 @@ def test_every_score_has_a_plan_and_a_rival_of_the_same_bytes() -> None:
             assert one.plan.held(128) + evidence_slots(one.plan, CHOOSING) == rival.plan.held(128)
             assert one.compressor.choosing == CHOOSING  # type: ignore[attr-defined]
             assert name.split()[1] == one.plan.layers[1][1].score
-    assert contenders["select key_diff 25.00%"].plan.layers[0][0] == Retention(4, 7, 21, "key_diff")  # type: ignore
-    assert contenders["select leverage 25.00%"].plan.layers[0][0] == Retention(4, 3, 9, "leverage")  # type: ignore
+    assert plan_of(contenders, "select key_diff 25.00%").layers[0][0] == Retention(4, 7, 21, "key_diff")
+    assert plan_of(contenders, "select leverage 25.00%").layers[0][0] == Retention(4, 3, 9, "leverage")
     grown = select_contenders(model.config, [0.25], 128, scores=["key_diff"], more=10)
-    assert grown["select key_diff 25.00%"].plan.layers[0][0] == Retention(4, 19, 19, "key_diff")  # type: ignore
+    assert plan_of(grown, "select key_diff 25.00%").layers[0][0] == Retention(4, 19, 19, "key_diff")
     for share in (1.0, 0.03):
         with pytest.raises(InputError, match="expected fewer than all tokens"):
             select_contenders(model.config, [share], 128)
@@ -117,7 +124,7 @@ def test_plan_files_with_choosing_heads_are_compared_at_equal_bytes(tmp_path: Pa
     cases = make_cases(tokenizer, {"a": prose(60, 7)}, [160], 1, 1)
     full, mine, rival = run_ablation(model, documents(), cases, contenders, params)
     assert mine["rival"]["name"] == rival["name"]
-    slots = contenders["mine"].plan.held(LENGTH)  # type: ignore[union-attr]
+    slots = plan_of(contenders, "mine").held(LENGTH)
     asking = 4 * 16 * 8 * 4  # one layer keeps 16 queries of 4 heads of 8 float32
     assert mine["nbytes_end"] == slots * 2 * 8 * 4 + asking + 4 * (16 + 20)  # and where the keys of two heads lie
     assert rival["nbytes_end"] == slots * 2 * 8 * 4 + asking

@@ -124,14 +124,14 @@ def main(
     share: Annotated[list[float], typer.Option(help="Share of the context held (repeatable).")] = [0.25],  # noqa: B006
     score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
     sensitivity: Annotated[Path | None, typer.Option(help="Prices of heads, to make plans from.")] = None,
-    policy: Annotated[list[str], typer.Option(help="Policies of plans from prices.")] = ["select"],  # noqa: B006
+    policy: Annotated[list[str] | None, typer.Option(help="Policies of plans from prices [default: select].")] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of the exact prefill.")] = 1536,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens after it.")] = 512,
     documents_per_text: Annotated[int, typer.Option(min=1, help="Documents of each text.")] = 6,
     retrieval_length: Annotated[int, typer.Option(min=64, help="Tokens that hide a fact.")] = 2000,
     retrieval_depths: Annotated[int, typer.Option(min=1, help="Places of the fact.")] = 20,
     retrieval_per_depth: Annotated[int, typer.Option(min=1, help="Facts of each task at every place.")] = 1,
-    task: Annotated[list[str], typer.Option(help="Kinds of facts.")] = list(TASKS),  # noqa: B006
+    task: Annotated[list[str] | None, typer.Option(help="Kinds of facts [default: all].")] = None,
     sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
     recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
     growing: Annotated[
@@ -145,7 +145,7 @@ def main(
 ) -> None:
     """Perplexity of a continuation and facts found after an exact prefill, for every score at equal bytes."""
     with said_in_a_sentence():
-        for option, given, known in (("--score", score, SCORES), ("--task", task, TASKS)):
+        for option, given, known in (("--score", score, SCORES), ("--task", task or TASKS, TASKS)):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise InputError(f"{option} is {unknown[0]!r}, expected one of {', '.join(known)}")
@@ -156,7 +156,8 @@ def main(
         texts = load_texts(corpus, "calibration" if calibration else "evaluation")
         batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
         use: Use = "calibration" if calibration else "evaluation"
-        asked: list[Task] = [name for name in TASKS if name in task]
+        policies = policy or ["select"]
+        asked: list[Task] = [name for name in TASKS if name in (task or TASKS)]
         cases = make_cases(
             tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, use=use, tasks=asked
         )
@@ -165,7 +166,7 @@ def main(
         settings |= {
             "growing": growing,
             "calibration": calibration,
-            "policies": policy if sensitivity else [],
+            "policies": policies if sensitivity else [],
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
             "retrieval_per_depth": retrieval_per_depth,
@@ -189,7 +190,7 @@ def main(
                     selection=spending.selection(),
                     choosing=choosing,
                 )
-                found |= policy_contenders(planner, policy, share, tokens, choosing, more)
+                found |= policy_contenders(planner, policies, share, tokens, choosing, more)
             return found
 
         contenders = compete(context, context + continuation, continuation // 2 if growing else 0)
