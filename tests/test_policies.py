@@ -1,22 +1,22 @@
 """Policies: every budget is hit, every policy keeps what its name promises, and the best plan is the best of all counts."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvcompress.analysis.choice_changes import Choice
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.cache.choices import Choosing, evidence_slots
+from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner, selective
+from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.planning.pricing import Pricing
 from kvcompress.planning.shapes import flat
-from kvcompress.retention import FULL, Retention, require_possible
+from kvcompress.retention import FULL
 
 LAYERS, KV_HEADS, CONTEXT = 5, 3, 1024
 WINDOWS = [16, 64, 256, 900]
@@ -29,7 +29,12 @@ def sensitivity(seed: int = 0) -> Sensitivity:
     joint = generator.exponential(size=(2, *shape[1:]))
     facts = 0.1 * generator.exponential(size=shape[1:]) ** 3 * generator.uniform(0.5, 1, size=(6, 1, 1))
     origin = {"num_attention_heads": 2 * KV_HEADS, "texts": ["a", "b"]}
-    return Sensitivity(WINDOWS, 4, CONTEXT, 100, 100, fisher.copy(), joint, facts, origin)
+    choices = [Choice(score, 0.5, size) for score in ("expected_attention", "key_diff") for size in (128, 512)]
+    # Chosen keys are worth most where little is kept, and of facts one score keeps nothing, the other most.
+    worth = np.array([0.5, 0.8, 0.9, 1.0])[:, None, None]
+    chosen = worth * np.concatenate([fisher[1:3], fisher[1:3]])
+    lost = np.stack([facts, 0.9 * facts, 0.2 * facts, 0.1 * facts], 1)
+    return Sensitivity(WINDOWS, 4, CONTEXT, 100, 100, fisher.copy(), joint, facts, origin, choices, chosen, lost)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +129,9 @@ def test_with_many_heads_not_every_count_is_tried() -> None:
     generator = np.random.default_rng(3)
     fisher = np.sort(generator.exponential(size=(4, layers, 4)), 0)[::-1].copy()
     facts = 0.02 * generator.exponential(size=(6, layers, 4))
-    many = Sensitivity(WINDOWS, 4, CONTEXT, 100, 100, fisher, np.ones((2, layers, 4)), facts, {})
+    many = Sensitivity(
+        WINDOWS, 4, CONTEXT, 100, 100, fisher, np.ones((2, layers, 4)), facts, {}, [], facts[:0], facts[:, :0]
+    )
     pricing, slots, balance = Pricing(many, CONTEXT), layers * 4 * CONTEXT * 9 // 10, 5.0
     found = pricing.best(slots, balance)
     values = {}
@@ -162,44 +169,6 @@ def test_priced_buys_more_than_uniform_and_controls(planner: Planner) -> None:
     budget = Budget.parse(0.25)
     cost = {name: planner.pricing.text(held(planner.plan(name, budget))) for name in POLICIES}
     assert cost["priced"] < min(cost[name] for name in ("uniform", "random", "inverse", "class_table_scaled"))
-
-
-def test_select_fills_part_of_every_window_by_content(planner: Planner) -> None:
-    budget = Budget.parse(0.25)
-    plan = planner.plan("select", budget)
-    queries = LAYERS * 2 * KV_HEADS * Choosing().observe // 2  # two heads of queries share a KV head; half a slot each
-    assert evidence_slots(plan) == queries
-    division = planner.pricing.best(planner.slots(budget) - queries, planner.balance)
-    windows, mixed = flat(planner.of_division(division, "priced", budget)), flat(plan)
-    score, part = planner.selection
-    assert FULL in windows
-    for kept, also in zip(windows, mixed, strict=True):
-        if kept == FULL:
-            assert also == FULL
-            continue
-        assert also.capacity == kept.capacity
-        assert (also.sinks, also.score) == (kept.sinks, score)
-        assert also.chosen == pytest.approx(part * kept.window, abs=0.5)
-        assert also.window >= 1
-
-
-def test_scores_without_queries_take_nothing_from_the_budget(planner: Planner) -> None:
-    budget = Budget.parse(0.25)
-    plan = replace(planner, selection=("key_diff", 0.5)).plan("select", budget)
-    assert evidence_slots(plan) == 0
-    assert plan.held(CONTEXT) == planner.plan("priced", budget).held(CONTEXT)
-
-
-def test_a_budget_that_queries_use_up(planner: Planner) -> None:
-    with pytest.raises(InputError, match="no room for keys beside queries, which take 240"):
-        planner.plan("select", Budget.parse("16 tokens"))
-
-
-@pytest.mark.parametrize(("window", "part", "chosen"), [(1, 0.9, 0), (2, 0.9, 1), (10, 0.3, 3), (10, 0.01, 0)])
-def test_a_short_window_stays_a_window(window: int, part: float, chosen: int) -> None:
-    found = selective(Retention(4, window), "key_diff", part)
-    assert found == Retention(4, window - chosen, chosen, "key_diff" if chosen else "")
-    require_possible([[found]])
 
 
 def test_the_scaled_class_table_keeps_its_shape(planner: Planner) -> None:

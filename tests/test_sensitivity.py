@@ -51,7 +51,20 @@ def test_the_same_texts_give_the_same_prices() -> None:
 
 def made(fisher: np.ndarray, joint: np.ndarray) -> Sensitivity:
     facts = np.zeros((1, *fisher.shape[1:]))
-    return Sensitivity([4, 16][: len(fisher)], 2, 64, 10, 5, fisher, joint, facts, {"num_attention_heads": 2})
+    return Sensitivity(
+        [4, 16][: len(fisher)],
+        2,
+        64,
+        10,
+        5,
+        fisher,
+        joint,
+        facts,
+        {"num_attention_heads": 2},
+        [],
+        facts[:0],
+        facts[:, None][:, :0],
+    )
 
 
 def test_prices_are_the_heads_own_times_their_layers_rate_and_shrunk() -> None:

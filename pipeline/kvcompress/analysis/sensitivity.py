@@ -1,7 +1,8 @@
 """What a shorter cache costs in every KV head: measured once on calibration text, asked at any budget.
 
-Three measurements, each additive over documents: the price of one head's window on text (`text_price`), what a layer's
-heads cost together (`joint_price`), and how much of a fact's answer every head carries (`retrieval_price`).
+Three measurements, each additive over documents: the price of one head's slots on text (`text_price`), what a layer's
+heads cost together (`joint_price`), and how much of a fact's answer every head carries (`retrieval_price`). Slots may be a
+window, or a window and keys that a score chooses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress import ranks
 from kvcompress.analysis.calibration_facts import calibration_facts
+from kvcompress.analysis.choice_changes import STEP, Choice
 from kvcompress.analysis.joint_price import joint_prices
 from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.cache.rotation import Rotation
 from kvcompress.corpora import documents_of_all
-from kvcompress.errors import InputError
+from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.models import model_shape
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.scores.table import make_score
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
-TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3}  # name -> dimensions
+TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3, "chosen": 3, "lost": 4}  # name -> dimensions
+HEADER = ("windows", "sinks", "context", "tokens", "joint_tokens", "origin", "choices")
 
 
 @dataclass
@@ -37,6 +43,10 @@ class Sensitivity:
     fisher: `[window, layer, kv_head]`, nats. joint: `[joint window, layer, kv_head]`, nats. retrieval: `[fact, layer,
     kv_head]`, nats a token of the fact's answer. `tokens` and `joint_tokens` are what the sums are over, `context` the
     length of a document.
+
+    `choices` are the ways to divide a head's slots between a window and chosen keys that were measured, for each score and
+    part by size. chosen: `[choice, layer, kv_head]`, nats, as `fisher`. lost: `[fact, choice, layer, kv_head]`, what the
+    head loses under it of what it carried, in the unit of `retrieval`.
     """
 
     windows: list[int]
@@ -48,6 +58,9 @@ class Sensitivity:
     joint: np.ndarray
     retrieval: np.ndarray
     origin: dict[str, Any]  # model_id, revision, num_attention_heads, texts, dtype
+    choices: list[Choice]
+    chosen: np.ndarray
+    lost: np.ndarray
 
     @property
     def layers(self) -> int:
@@ -63,14 +76,29 @@ class Sensitivity:
         A head's own price, times what its layer's heads cost together over what they cost one by one (both summed over
         windows, scaled so that the sum over all heads stays), drawn by SHRINK to the mean over heads.
         """
-        single = self.fisher / self.tokens
-        alone, together = single.sum((0, 2)), (self.joint / self.joint_tokens).clip(0).sum((0, 2))
-        if together.sum() > 0:
-            rate = np.divide(together, alone, out=np.zeros_like(alone), where=alone > 0)
-            single = single * rate[None, :, None]
-            single *= alone.sum() / single.sum()
+        return self._priced(self.fisher)
+
+    def choice_prices(self) -> np.ndarray:
+        """The same of every choice, `[choice, layer, kv_head]`, falling with the size within a score and part."""
+        found = np.zeros_like(self.chosen)
+        for kind in dict.fromkeys(choice[:2] for choice in self.choices):
+            of = [i for i, choice in enumerate(self.choices) if choice[:2] == kind]
+            found[of] = self._priced(self.chosen[of])
+        return found
+
+    def _priced(self, fisher: np.ndarray) -> np.ndarray:
+        single = fisher / self.tokens * self._rates()[:, None]
         priced = (1 - SHRINK) * single + SHRINK * single.mean((1, 2), keepdims=True)
         return np.maximum.accumulate(priced[::-1], 0)[::-1]
+
+    def _rates(self) -> np.ndarray:
+        """What a layer's heads cost together over what they cost alone, `[layer]`."""
+        alone = (self.fisher / self.tokens).sum((0, 2))
+        together = (self.joint / self.joint_tokens).clip(0).sum((0, 2))
+        if together.sum() <= 0:
+            return np.ones_like(alone)
+        rate = np.divide(together, alone, out=np.zeros_like(alone), where=alone > 0)
+        return np.asarray(rate * (alone.sum() / (alone * rate).sum()))
 
     def require_model(self, model_id: str, revision: str, path: str | Path) -> None:
         """Raise `InputError` where what stands in `path` was measured on another model."""
@@ -78,10 +106,15 @@ class Sensitivity:
             raise InputError(f"{path} was measured on {self.origin.get('model_id')}, the model is {model_id}")
 
     def __add__(self, other: "Sensitivity") -> "Sensitivity":
-        """Both sets of documents. Raises `InputError` where models or windows differ."""
-        mine, theirs = (self.windows, self.sinks, self.fisher.shape), (other.windows, other.sinks, other.fisher.shape)
+        """Both sets of documents. Raises `InputError` where models, windows or choices differ."""
+        mine, theirs = (
+            (one.windows, one.sinks, one.fisher.shape, [tuple(choice) for choice in one.choices])
+            for one in (self, other)
+        )
         if mine != theirs:
-            raise InputError(f"sensitivities measured with {mine} and {theirs} (windows, sinks, shape) cannot be added")
+            raise InputError(
+                f"sensitivities measured with {mine} and {theirs} (windows, sinks, shape, choices) cannot be added"
+            )
         return Sensitivity(
             self.windows,
             self.sinks,
@@ -92,28 +125,30 @@ class Sensitivity:
             self.joint + other.joint,
             np.concatenate([self.retrieval, other.retrieval]),
             self.origin,
+            self.choices,
+            self.chosen + other.chosen,
+            np.concatenate([self.lost, other.lost]),
         )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in TENSORS}
-        names = ("windows", "sinks", "context", "tokens", "joint_tokens", "origin")
-        write_tensors(path, tensors, {name: getattr(self, name) for name in names})
+        write_tensors(path, tensors, {name: getattr(self, name) for name in HEADER})
 
     @classmethod
     def load(cls, path: str | Path) -> "Sensitivity":
         """Read what `save` wrote. Raises `InputError` where the file is not complete or not finite."""
         tensors, header = read_tensors(path)
-        names = {"windows", "sinks", "context", "tokens", "joint_tokens", "origin"}
-        if set(tensors) != set(TENSORS) or set(header) != names:
+        if set(tensors) != set(TENSORS) or set(header) != set(HEADER):
             raise InputError(f"{path} does not hold the sensitivity of a model's heads; measure again")
         for name, tensor in tensors.items():
-            if tensor.dim() != TENSORS[name] or tensor.shape[1:] != tensors["fisher"].shape[1:]:
+            if tensor.dim() != TENSORS[name] or tensor.shape[-2:] != tensors["fisher"].shape[-2:]:
                 raise InputError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not the model's heads")
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: {name} holds values that are not finite numbers")
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(**header, **arrays)
+        choices = [Choice(*choice) for choice in header.pop("choices")]
+        return cls(**header, choices=choices, **arrays)
 
 
 def measure_sensitivity(
@@ -143,30 +178,57 @@ def measure_sensitivity(
     fact_length = min(settings.fact_tokens, length - 2 * settings.facts_per_context)
     questions = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
+    choices, rotation = priced_choices(model.config, settings, length)
     jobs: list[Callable[[], Tensor]] = [
-        partial(text_prices, model, tokens, windows, sinks, shape, settings.seed) for tokens in batch
+        partial(text_prices, model, tokens, windows, sinks, shape, settings.seed, choices, rotation) for tokens in batch
     ]
     jobs += [
         partial(joint_prices, model, tokens, window, sinks, shape) for tokens in joint_batch for window in joint_windows
     ]
     jobs += [
-        partial(retrieval_prices, model, context, asked, far, sinks, shape, settings.nodes)
+        partial(retrieval_prices, model, context, asked, far, sinks, shape, settings.nodes, choices, rotation)
         for context, asked in questions
     ]
     found = [prices.numpy() for prices in done_together(jobs, progress)]
     fisher, rest = found[: len(batch)], found[len(batch) :]
-    joint, retrieval = rest[: -len(questions)], rest[-len(questions) :]
+    joint, facts = rest[: -len(questions)], np.concatenate(rest[-len(questions) :])
+    summed = np.asarray(sum(fisher))
     return Sensitivity(
         windows,
         sinks,
         length,
         sum(map(len, batch)),
         sum(map(len, joint_batch)),
-        np.asarray(sum(fisher)),
+        summed[: len(windows)],
         np.stack(joint).reshape(len(joint_batch), len(joint_windows), *shape).sum(0),
-        np.concatenate(retrieval),
+        facts[:, 0],
         {"texts": sorted(texts), "num_attention_heads": observed.num_attention_heads},
+        choices,
+        summed[len(windows) :],
+        facts[:, 1:],
     )
+
+
+def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tuple[list[Choice], Rotation | None]:
+    """The choices of `settings` that fit documents of `length` tokens, and the model's rotation, None where not known.
+
+    Without it scores that need it are left out, and all where the model has a sliding window of its own: no cache can
+    choose there.
+    """
+    try:
+        rotation = Rotation.of(config)
+    except UnsupportedModelError:
+        rotation = None
+    if any(limit is not None for limit in model_shape(config).windows):
+        return [], rotation
+    scores = [name for name in settings.choice_scores if rotation or not make_score(name).needs_rotation]
+    found = [
+        Choice(score, part, size)
+        for score in scores
+        for part in settings.choice_parts
+        for size in settings.choice_sizes
+    ]
+    return [one for one in found if one.window >= STEP and one.size + settings.sinks < length], rotation
 
 
 def done_together(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:

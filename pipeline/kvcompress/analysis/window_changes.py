@@ -15,6 +15,8 @@ from kvcompress.analysis.observe import hide
 
 TINY = torch.finfo(torch.float32).tiny
 
+Sums = tuple[Tensor, Tensor]  # sum of p_k v_k `[kv_head, group, query, value_dim]` and of p_k, over the same keys
+
 
 def window_changes(
     query: Tensor,
@@ -30,27 +32,42 @@ def window_changes(
     query: `[kv_head, group, query, head_dim]`, the last queries of the text; key, value: `[kv_head, key, dim]`, the whole
     text. A change is windowed minus full output. `windows` ascend; `limit` is the model's own sliding window.
     """
+    weights, value = past_weights(query, key, scaling, limit), value.float()
+    full = mixed(weights, value)
+    return torch.stack([change(sums, full) for sums in window_sums(weights, value, windows, sinks)]), full
+
+
+def past_weights(query: Tensor, key: Tensor, scaling: float, limit: int | None = None) -> Tensor:
+    """Attention weights of the last queries of a text on all of it, float32 `[kv_head, group, query, key]`."""
     kv_heads, group, length, _ = query.shape
     keys = key.shape[1]
-    first = keys - length
     scores = torch.bmm(query.float().flatten(1, 2) * scaling, key.float().transpose(1, 2))
-    hide(scores.view(kv_heads * group, length, keys), first, limit)
-    weights = torch.softmax(scores, -1).view(kv_heads, group, length, keys)
-    value = value.float()
-    full = mixed(weights, value)
+    hide(scores.view(kv_heads * group, length, keys), keys - length, limit)
+    return torch.softmax(scores, -1).view(kv_heads, group, length, keys)
+
+
+def window_sums(weights: Tensor, value: Tensor, windows: Sequence[int], sinks: int) -> list[Sums]:
+    """The sums over sinks and window, for every window; `windows` ascend."""
+    length, keys = weights.shape[2:]
+    first = keys - length
     kept, mass = mixed(weights[..., :sinks], value[:, :sinks]), weights[..., :sinks].sum(-1)
-    position = torch.arange(first, keys, device=key.device)
-    changes, inner = [], 0
+    position = torch.arange(first, keys, device=weights.device)
+    found, inner = [], 0
     for outer in windows:
         low, high = max(sinks, first - outer + 1), keys - inner  # keys at distances inner ... outer - 1 of any query
         if low < high:
-            distance = position[:, None] - torch.arange(low, high, device=key.device)
+            distance = position[:, None] - torch.arange(low, high, device=weights.device)
             ring = weights[..., low:high] * ((distance >= inner) & (distance < outer))
             kept = kept + mixed(ring, value[:, low:high])
             mass = mass + ring.sum(-1)
-        changes.append(kept / mass.clamp_min(TINY)[..., None] - full)
+        found.append((kept, mass))
         inner = outer
-    return torch.stack(changes), full
+    return found
+
+
+def change(sums: Sums, full: Tensor) -> Tensor:
+    """Output over the keys that are left, minus the full output."""
+    return sums[0] / sums[1].clamp_min(TINY)[..., None] - full
 
 
 def mixed(weights: Tensor, value: Tensor) -> Tensor:

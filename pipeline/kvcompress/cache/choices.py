@@ -37,7 +37,7 @@ class Choosing:
     Raises `InputError` for numbers below 1.
     """
 
-    every: int = 128
+    every: int = 512
     observe: int = 16
     scores: Mapping[str, Score] = field(default_factory=dict)
     rotation: Rotation | None = None

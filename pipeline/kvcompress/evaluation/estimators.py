@@ -126,7 +126,9 @@ MEASURED: dict[str, Callable[..., Prices]] = {
 def derived(found: dict[str, Prices], windows: list[int], sinks: int, context: int) -> dict[str, Prices]:
     """Prices made of the measured ones: the layer's rate times output error, and what the pipeline goes by."""
     facts = np.zeros((1, *found["fisher"].shape[1:]))
-    own = Sensitivity(windows, sinks, context, 1, 1, found["fisher"], found["joint"], facts, {})
+    own = Sensitivity(
+        windows, sinks, context, 1, 1, found["fisher"], found["joint"], facts, {}, [], facts[:0], facts[None, :0]
+    )
     rate = found["joint"].clip(0).sum((0, 2)) / found["output error"].sum((0, 2))
     return {
         "output error x layer's rate": found["output error"] * rate[None, :, None],

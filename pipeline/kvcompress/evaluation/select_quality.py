@@ -187,7 +187,6 @@ def main(
                     4,
                     end,
                     spending.balance,
-                    selection=spending.selection(),
                     choosing=choosing,
                 )
                 found |= policy_contenders(planner, policies, share, tokens, choosing, more)

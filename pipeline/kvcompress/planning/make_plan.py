@@ -49,6 +49,5 @@ def make_plan(
         context_length or found.context,
         spending.balance if balance is None else balance,
         None if classifications is None else Path(classifications),
-        selection=spending.selection(),
     )
     return planner.plan(policy, amount)

@@ -14,8 +14,10 @@ from kvcompress.errors import InputError
 from kvcompress.heads import load_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
+from kvcompress.planning.choosing import ChoosingPricing
 from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
+from kvcompress.planning.spending import level
 from kvcompress.retention import FULL, Retention
 
 
@@ -24,7 +26,7 @@ class Planner:
     """Makes plans for one model at one context length.
 
     `balance`: nats a token of text that it is worth to answer every question about far facts. `classifications`: the class
-    table's file, needed by its two policies alone. `selection`: how the policy `select` chooses keys.
+    table's file, needed by its two policies alone. `choosing`: how a cache of the policy `select` chooses keys.
     """
 
     sensitivity: Sensitivity
@@ -35,13 +37,16 @@ class Planner:
     balance: float
     classifications: Path | None = None
     seed: int = 0
-    selection: tuple[str, float] = ("expected_attention", 0.5)  # score, and part of a head's slots that it fills
-    choosing: Choosing = field(default_factory=Choosing)  # how often it does, and by how many queries
+    choosing: Choosing = field(default_factory=Choosing)
     _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
 
     @cached_property
     def pricing(self) -> Pricing:
         return Pricing(self.sensitivity, self.context)
+
+    @cached_property
+    def choosing_pricing(self) -> ChoosingPricing:
+        return ChoosingPricing(self.sensitivity, self.context)
 
     @property
     def heads(self) -> int:
@@ -166,30 +171,35 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 
 
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
-    """A division as `priced` makes it; of a head that is not full, a part of the slots holds keys that a score chooses.
+    """Windows and keys that scores choose, by measured price (`kvcompress.planning.choosing`).
 
     What the cache keeps of queries to choose by comes out of the budget (`kvcompress.cache.choices.evidence_slots`).
     """
-    slots, (score, part) = planner.slots(budget), planner.selection
-    spare = 0
-    while True:  # which layers choose, and so keep queries, depends on the division; more room never makes them fewer
-        plan = planner.of_division(planner.pricing.best(slots - spare, planner.balance), "select", budget)
-        layers = tuple(tuple(selective(kept, score, part) for kept in layer) for layer in plan.layers)
-        plan = replace(plan, layers=layers, made_from=plan.made_from | {"score": score, "part": part})
+    pricing, slots, spare = planner.choosing_pricing, planner.slots(budget), 0
+    while True:  # which layers choose, and so keep queries, depends on the division
+        found = pricing.best(slots - spare, planner.balance)
+        plan = selective(planner, found, budget)
         needed = evidence_slots(plan, planner.choosing)
         if needed <= spare:
-            return plan
+            break
         if slots - needed < planner.heads:
             raise InputError(f"a budget of {slots} slots has no room for keys beside queries, which take {needed}")
         spare = needed
+    return selective(planner, replace(found, held=level(found.held, planner.context, spare - needed)), budget)
 
 
-def selective(kept: Retention, score: str, part: float) -> Retention:
-    """The same slots, with `part` of those that are no sinks chosen by content; at least one stays a window."""
-    if kept.unbounded or kept.pruned:
-        return kept
-    chosen = min(round(part * kept.window), kept.window - 1)
-    return Retention(kept.sinks, kept.window - chosen, chosen, score) if chosen else kept
+def selective(planner: Planner, found: Priced, budget: Budget) -> RetentionPlan:
+    """The plan of a division that says how each head uses its slots."""
+    plan, width = planner.of_division(found, "select", budget), planner.sensitivity.kv_heads
+    assert found.ways is not None
+    layers = tuple(
+        tuple(
+            planner.choosing_pricing.retention(kept, int(way))
+            for kept, way in zip(layer, found.ways[i * width : (i + 1) * width], strict=True)
+        )
+        for i, layer in enumerate(plan.layers)
+    )
+    return replace(plan, layers=layers)
 
 
 POLICIES: dict[str, Callable[[Planner, Budget], RetentionPlan]] = {

@@ -29,6 +29,7 @@ class Priced:
     retrieval_heads: int
     text: float  # nats a token
     success: float  # probability of a token of an answer
+    ways: np.ndarray | None = None  # `[kv head]`, where a head may use its slots in several (`choosing`)
 
 
 class Pricing:

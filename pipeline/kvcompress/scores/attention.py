@@ -37,7 +37,7 @@ def received(held: Held, last: int | None = None) -> Received:
 def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights `[batch, kv_head, group, query, key]`, visible `[batch or 1, kv_head or 1, query, key]`) of each block.
 
-    The keys of a block end where none of its queries sees a further one.
+    The keys of a block end where none of its queries sees a further one; with `last` they are all.
     """
     queries, at = held.grouped_queries, held.at
     if last is not None:
@@ -47,7 +47,8 @@ def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor
     step = block_size(batch * heads * group * keys.shape[-1], keys.device)
     for begin in range(0, length, step):
         visible = sees(at[:, begin : begin + step], held)
-        end = last_true(visible)
+        # The last few queries of a text see almost all of it, and to look how far would wait for the device.
+        end = last_true(visible) if last is None else held.positions.shape[-1]
         visible, rows = visible[..., :end], queries[:, :, :, begin : begin + step].flatten(2, 3)
         scores = (rows @ keys[..., :end] * held.scaling).unflatten(2, (group, -1))
         hidden = ~visible[:, :, None]

@@ -14,10 +14,10 @@ def best(scores: Tensor, count: int, exclude: Tensor | None = None) -> Tensor:
     scores: `[batch, kv_head, key]`; exclude: bool `[batch or 1, kv_head or 1, key]`, slots not to choose (sinks and
     window, which stay anyway). Equal scores go to the lower slot, so the choice is the same everywhere; NaN is worst.
     Empty slots (-inf) are chosen only where nothing else is left. Raises `InputError` where fewer than `count` slots may
-    be chosen.
+    be chosen; of what is excluded on an accelerator nothing is checked, as looking would wait for all of its work.
     """
     free = scores.shape[-1]
-    if exclude is not None and exclude.numel():
+    if exclude is not None and exclude.numel() and exclude.device.type == "cpu":
         free -= int(exclude.sum(-1).max())
     if not 0 <= count <= free:
         raise InputError(f"{count} keys are to be chosen, expected 0 to {free}, the number there is to choose from")

@@ -27,6 +27,7 @@ class ExpectedAttention(Score):
     skip: queries at the first positions that are not counted, as their vectors are far from all others; where there
         are no others they are.
     covariance: use C; without it every query is taken to be the mean one.
+    most: queries that m and C are taken from: where there are more, every second, third, ... of them, the last included.
     epsilon: added to the attention, so that a large value counts also where attention is next to nothing.
     value_norm: multiply by |v|.
     """
@@ -34,11 +35,12 @@ class ExpectedAttention(Score):
     future: int = 512
     skip: int = 4
     covariance: bool = True
+    most: int = 1024
     epsilon: float = 0.0
     value_norm: bool = True
 
     def __post_init__(self) -> None:
-        require_at_least(1, future=self.future)
+        require_at_least(1, future=self.future, most=self.most)
         require_at_least(0, skip=self.skip)
 
     @property
@@ -62,13 +64,17 @@ class ExpectedAttention(Score):
 
     def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
-        at = held.at
-        queries = rotation.turn(held.grouped_queries, -at[:, None, None, :])
+        assert held.queries is not None
+        step = -(-held.queries.shape[2] // self.most)
+        some = slice((held.queries.shape[2] - 1) % step, None, step)
+        at = held.at[:, some]
+        queries = held.queries[:, :, some].float().unflatten(1, (held.keys.shape[1], -1))
+        queries = rotation.turn(queries, -at[:, None, None, :])
         counted = at >= self.skip
         counted = torch.where(counted.any(-1, keepdim=True), counted, at >= 0)
         share = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
         mean = (queries * share).sum(3)
-        ahead = mean_turn(rotation.dim, rotation.theta, queries.shape[-1], self.future).to(mean.device)
+        ahead = mean_turn(rotation.dim, rotation.theta, queries.shape[-1], self.future, mean.device)
         following = at.amax(-1, keepdim=True) + 1  # [batch or 1, 1]
         ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
         spread = None
@@ -79,10 +85,10 @@ class ExpectedAttention(Score):
 
 
 @lru_cache(maxsize=8)
-def mean_turn(dim: int, theta: float, size: int, positions: int) -> Tensor:
+def mean_turn(dim: int, theta: float, size: int, positions: int, device: torch.device) -> Tensor:
     """What the mean of the rotations for 0 ... positions - 1 makes of each unit vector, `[head_dim, head_dim]`, row by row.
 
     Rotations commute, so the mean over other positions that follow each other is this one turned by the first of them.
     """
     unit = torch.eye(size)[:, None].expand(size, positions, size)
-    return Rotation(dim, theta).turn(unit, torch.arange(positions)).mean(1)
+    return Rotation(dim, theta).turn(unit, torch.arange(positions)).mean(1).to(device)

@@ -1,0 +1,157 @@
+"""Prices of chosen keys, against masks written out key by key, and against what the cache itself chooses."""
+
+import pytest
+import torch
+
+import kvcompress.analysis.retrieval_price as retrieval_price
+from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at
+from kvcompress.analysis.retrieval_price import retrieval_prices
+from kvcompress.analysis.sensitivity import priced_choices
+from kvcompress.analysis.slot_changes import slot_changes
+from kvcompress.analysis.text_price import part, text_prices
+from kvcompress.analysis.window_changes import window_changes
+from kvcompress.cache.attention import attached
+from kvcompress.cache.choices import Choosing
+from kvcompress.cache.choosing_layer import recorded_choices
+from kvcompress.cache.rotation import Rotation
+from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.params.sensitivity import SensitivityParams
+from tests.tiny import tiny_model
+
+SINKS, LENGTH = 2, 300
+CHOICES = [Choice("key_norm", 0.5, 128), Choice("key_diff", 0.25, 100), Choice("key_norm", 0.7, 250)]
+
+
+def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(4, LENGTH, 8, generator=generator)
+    return query, *torch.randn(2, 2, LENGTH, 8, generator=generator).unbind(0)
+
+
+def slow_rank(score: str, keys: torch.Tensor) -> list[float]:
+    """Of one head's keys `[key, head_dim]`."""
+    if score == "key_norm":
+        return [-float(key.norm()) for key in keys]
+    anchor = torch.stack([key / key.norm() for key in keys]).mean(0)
+    return [-float((key @ anchor) / (key.norm() * anchor.norm())) for key in keys]
+
+
+def slow_kept(choice: Choice, keys: torch.Tensor, query: int) -> set[int]:
+    """The keys that the query sees: sinks, the last of the window, and what was chosen at the last whole STEP."""
+    kept = set(range(SINKS)) | set(range(query - choice.window + 1, query + 1))
+    seen = query // STEP * STEP
+    if seen:
+        ranked = slow_rank(choice.score, keys[:seen])
+        candidates = range(SINKS, min(seen, seen - choice.window + STEP))
+        kept |= set(sorted(candidates, key=lambda key: -ranked[key])[: choice.chosen])
+    return {key for key in kept if 0 <= key <= query}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, LENGTH), (0, 64), (128, 192), (192, LENGTH), (64, 256)])
+def test_changes_are_those_of_a_mask(start: int, stop: int) -> None:
+    query, key, value = tensors()
+    chosen = chosen_at(range(0, LENGTH, STEP), CHOICES, query, key, value, SINKS, 0.3, None)
+    grouped = query.unflatten(0, (2, 2))
+    found, full = slot_changes(
+        grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], CHOICES,
+        [part(of, start, stop) for of in chosen], STEP, SINKS, 0.3,
+    )  # fmt: skip
+    windows, same = window_changes(grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3)
+    torch.testing.assert_close(found[:2], windows)
+    torch.testing.assert_close(full, same)
+    for i, choice in enumerate(CHOICES):
+        for head in range(2):
+            for at in range(start, stop, 7):
+                kept = sorted(slow_kept(choice, key[head], at))
+                weights = (grouped[head, :, at] @ key[head, kept].T * 0.3).softmax(-1)
+                expected = weights @ value[head, kept] - full[head, :, at - start]
+                torch.testing.assert_close(found[2 + i, head, :, at - start], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "same"), [("expected_attention", 1.0), ("key_diff", 1.0), ("leverage", 0.9)])
+def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: float) -> None:
+    """Leverage is a comparison with all others: there keys of the window, which the cache leaves out, change a few."""
+    model = tiny_model("llama")
+    ids = torch.randint(5, 200, (1, LENGTH), generator=torch.Generator().manual_seed(2))
+    choice = Choice(score, 0.4, 160)
+    compressor = HeadAwareCompressor.from_model_config(
+        model.config, "select", sink_size=SINKS, window_size=choice.window, select_size=choice.chosen, score=score,
+        choosing=Choosing(every=STEP),
+    )  # fmt: skip
+    with torch.no_grad(), attached(model):
+        cache = compressor.new_cache(model.config, "exact")
+        with recorded_choices(cache) as record:
+            model(ids, past_key_values=cache)
+    heard = Heard()
+    with torch.no_grad(), retrieval_price.listening(model, heard):
+        model(ids)
+    for layer, made in enumerate(record):
+        found = chosen_at([LENGTH], [choice], *heard.text[layer], SINKS, heard.scaling, Rotation.of(model.config))
+        assert found[0].there.all()
+        for mine, its in zip(found[0].slots[:, 0].tolist(), made[0].chosen[0].tolist(), strict=True):
+            assert len(set(mine) & set(its)) >= same * choice.chosen
+            assert len(set(mine)) == choice.chosen
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.text: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def heard(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+        scaling: float, limit: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        self.text[layer], self.scaling = (query[0], key[0], value[0]), scaling
+        return output
+
+
+def test_text_prices_of_windows_are_what_they_are_alone_and_of_all_keys_nothing() -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(5, 200, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    shape = (2, 2)
+    choices = [Choice("key_diff", 0.5, 128), Choice("key_diff", 0.5, 256), Choice("key_norm", 0.75, 2 * LENGTH)]
+    alone = text_prices(model, ids, [16, 64], SINKS, shape, 0)
+    found = text_prices(model, ids, [16, 64], SINKS, shape, 0, choices, None)
+    torch.testing.assert_close(found[:2], alone)
+    assert (found[2] > found[3]).all()
+    assert found[3].min() > 0
+    assert found[4].abs().max() < 1e-8  # window and chosen keys together are the whole text
+    assert (found[2] < found[1]).all()  # 64 keys more beside a window of 64
+
+
+def test_nothing_chosen_loses_all_that_a_head_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(4)
+    context = torch.randint(5, 200, (200,), generator=generator).tolist()
+    asked = [(torch.randint(5, 200, (6,), generator=generator).tolist(), [7, 8]), ([9, 10, 11], [12])]
+    choices = [Choice("key_diff", 0.5, 64), Choice("key_norm", 0.8, 320)]
+    found = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3, choices)
+    assert found.shape == (2, 3, 2, 2)
+    alone = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3)
+    torch.testing.assert_close(found[:, :1], alone)
+    assert found[:, 2].abs().max() < 1e-6  # all of the context
+    assert (found[:, 1] - found[:, 0]).abs().max() > 0.01
+
+    def none(*arguments: object) -> list[Chosen]:
+        return [Chosen(of.slots, torch.zeros_like(of.there)) for of in chosen_at(*arguments)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(retrieval_price, "chosen_at", none)
+    nothing = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3, choices)
+    torch.testing.assert_close(nothing[:, 1], nothing[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_does_not_fit_is_not_priced() -> None:
+    config = tiny_model("llama").config
+    params = SensitivityParams(
+        choice_scores=["key_diff", "leverage"], choice_parts=[0.5, 0.8], choice_sizes=[128, 256, 512]
+    )
+    found, rotation = priced_choices(config, params, 400)
+    assert rotation is not None
+    assert found == [Choice(score, 0.5, size) for score in ("key_diff", "leverage") for size in (128, 256)]
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    found, rotation = priced_choices(config, params, 400)
+    assert rotation is None
+    assert {choice.score for choice in found} == {"key_diff"}
+    assert priced_choices(tiny_model("mistral").config, params, 400)[0] == []
