@@ -52,6 +52,7 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
         ("The favorite thing of {who} is the {value}.", "The favorite thing of {who} is the"),
         ("Visitors of {who} must ask for {value}.", "Visitors of {who} must ask for"),
         ("The parcel of {who} lies on the shelf {value}.", "The parcel of {who} lies on the shelf"),
+        ("The ferry of {who} leaves from the pier {value}.", "The ferry of {who} leaves from the pier"),
     ),
 }
 
