@@ -69,5 +69,6 @@ CASES: dict[str, Callable[[], Held]] = {
     "padded": padded,
     "prompt, sinks and window stay": lambda: with_stays(prompt()),
     "stream, sinks and window stay": lambda: with_stays(stream()),
+    "whole text": lambda: with_stays(replace(prompt(), in_order=True)),
     "prompt, sliding window": lambda: replace(prompt(), limit=11),
 }

@@ -108,8 +108,10 @@ class Slow:
         rotation, scale, keys = self.held.rotation, self.held.scaling, self.keys[b, h]
         candidates, out = self.candidates(b, h), dict.fromkeys(self.real(b, h), 0.0)
         for head in self.heads_of(h):
-            of = [q for q in range(self.asked) if self.asked_at[b][q] >= score.skip]
-            of = of or [q for q in range(self.asked) if self.asked_at[b][q] >= 0]
+            step = math.ceil(self.asked / score.most)
+            some = range(self.asked - 1, -1, -step)
+            of = [q for q in some if self.asked_at[b][q] >= score.skip]
+            of = of or [q for q in some if self.asked_at[b][q] >= 0]
             plain = [rotated(self.queries[b, head, q], -self.asked_at[b][q], rotation.dim, rotation.theta) for q in of]
             mean = sum(plain) / len(plain)
             spread = sum(torch.outer(v - mean, v - mean) for v in plain) / len(plain)

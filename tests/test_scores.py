@@ -14,6 +14,7 @@ VARIANTS = [
     ("snapkv", {"window": 9, "kernel": 1}),
     ("expected_attention", {"future": 20, "skip": 0, "epsilon": 0.02}),
     ("expected_attention", {"covariance": False, "value_norm": False, "skip": 1000}),
+    ("expected_attention", {"most": 9}),
     ("leverage", {"sketch": 6, "chunk": 16, "seed": 3, "scale": None}),
     ("leverage", {"unrotate": False, "chunk": 7, "kernel": 5, "ridge": 1.0, "blend": 2.0}),
     ("accumulated_attention", {"per_query": False}),

@@ -81,6 +81,7 @@ def chosen_at(
             at[None],
             rotation,
             stays=(at < sinks)[None, None],
+            in_order=True,
         )
         ranked = {name: make_score(name)(held) for name in dict.fromkeys(choice.score for choice in choices)}
         for choice, chosen in zip(choices, found, strict=True):

@@ -90,10 +90,11 @@ class ChoosingGroup(Group):
         assert self.capacity is not None
         seen, device = self.seen, keys.device
         columns = torch.arange(seen, device=device)
-        pads = evidence.padding.on(device)
+        pads, asked = evidence.padding.on(device), evidence.queries
+        in_order = pads is None and asked is not None and asked.shape[3] == seen
         pads = columns.new_zeros(1, 1) if pads is None else pads  # [batch or 1, 1]
         real = (columns - pads)[:, None]  # [batch or 1, 1, column]
-        held = self._held(keys, values, real.clamp_min(-1), evidence, None)
+        held = self._held(keys, values, real.clamp_min(-1), evidence, None, in_order)
         scores = self.score(held)
         # A row that has slots for all its tokens has them there already.
         short = (seen - pads <= self.capacity)[:, None]
@@ -113,7 +114,15 @@ class ChoosingGroup(Group):
         self._earlier = held.received.take(source) if self.score.accumulates else None
         self._settle(scores.gather(-1, source), places, evidence.padding)
 
-    def _held(self, keys: Tensor, values: Tensor, places: Tensor, evidence: Evidence, earlier: Received | None) -> Held:
+    def _held(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        places: Tensor,
+        evidence: Evidence,
+        earlier: Received | None,
+        in_order: bool = False,
+    ) -> Held:
         sinks, window = self.wanted[:2]
         ends = torch.full((1, 1), self.seen, device=keys.device)
         pads = evidence.padding.on(keys.device)
@@ -126,7 +135,7 @@ class ChoosingGroup(Group):
             queries = queries.flatten(1, 2)
         stays = (places < sinks) | (places >= (lengths - window + self.every)[:, None])
         return Held(
-            keys, values, places, evidence.scaling, queries, at, evidence.rotation, stays=stays, earlier=earlier
+            keys, values, places, evidence.scaling, queries, at, evidence.rotation, None, stays, earlier, in_order
         )
 
     def _settle(self, scores: Tensor, places: Tensor, padding: Padding) -> None:

@@ -55,6 +55,30 @@ def steps(report: Report) -> str:
     )
 
 
+def choosing(report: Report) -> str:
+    """What choosing keys costs at the end of a prompt and while decoding, by score."""
+    costs = report["costs"]
+    rows = [
+        (
+            cost["contender"],
+            f"{cost['prefill_ms']:.0f}",
+            f"{cost['scoring']:.1%}" if i else "",
+            f"{cost['step_ms']:.2f}",
+            f"{cost['step_ratio']:.3f}" if i else "",
+            f"{cost['cache_mb']:.0f}",
+            f"{cost['evidence_mb']:.1f}",
+        )
+        for i, cost in enumerate(costs)
+    ]
+    head = ("heads hold", "prefill ms", "of it choosing", "step ms", "÷ window's", "cache MB", "beside it MB")
+    made = (
+        f"{MODELS.get(report['model'], report['model'])} with random weights, {costs[0]['tokens']:,} tokens, batch "
+        f"{costs[0]['batch']}, {report['slots']:,} slots in every KV head, half of them chosen, anew every "
+        f"{report['every']} tokens. {_device(report)}."
+    )
+    return f"{made}\n\n{table(head, rows)}"
+
+
 def batch(report: Report) -> str:
     """The largest batch, in a sentence."""
     found = report["batch"]

@@ -8,7 +8,6 @@ the same for `plans` and the tables of `cost_tables` and `scaling_tables`. A tes
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from kvcompress.artifacts import read_json, read_text, write_text
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
-from kvcompress.evaluation.cost_tables import batch, kernel, prefill, steps
+from kvcompress.evaluation.cost_tables import batch, choosing, kernel, prefill, steps
 from kvcompress.evaluation.scaling_tables import long, scaling
 from kvcompress.evaluation.select_quality import table as select_table
 
@@ -46,22 +45,23 @@ def plans(results: Results, judged: Sequence[str] = ("priced", "select")) -> str
     )
 
 
-def headline(results: Results) -> str:
-    """What a quarter of the cache costs, in one sentence: text and facts, beside the same window for all heads."""
-    (result,) = results
-    rows = {row["name"]: row for row in result["rows"]}
-    mine, full = rows["priced-25"], result["rows"][0]
-    rival = rows[mine["rival"]["name"]]
+def headline(result: Mapping[str, Any]) -> str:
+    """What a quarter of the cache costs, in two sentences: text and facts, beside the same window for all heads."""
+    rows = {row["family"]: row for row in result["rows"]}
+    mine, full = rows["select"], rows["full"]
+    rival = next(row for row in result["rows"] if row["name"] == mine["rival"]["name"])
     grown, evenly = (one["perplexity_gmean"] / full["perplexity_gmean"] - 1 for one in (mine, rival))
+    settings = result["settings"]
     facts = [
         f"{mine['retrieval'][task]['correct']} of {mine['retrieval'][task]['total']} {named} "
         f"({full['retrieval'][task]['correct']}; {rival['retrieval'][task]['correct']})"
-        for task, named in (("needle", "in prose"), ("lookup", "in lists"), ("passkey", "passkeys in monotonous text"))
+        for task, named in (("passkey", "passkeys in monotonous text"), ("needle", "facts in prose"))
     ]
     return (
-        f"With a quarter of the cache, the perplexity of {result['model']} grows by {grown:.1%}, against {evenly:.1%} with "
-        "the same window for all heads at equal bytes. Of facts from anywhere in the context it finds (full cache; same "
-        f"window): {', '.join(facts)}."
+        f"Compressed to {settings['shares'][0]:.0%} after a prompt was read, before the question is known, the cache of "
+        f"{result['model']} predicts what follows with a perplexity {grown:.1%} above the full cache's, against "
+        f"{evenly:.1%} with the same window for all heads in as many bytes. Of facts from anywhere in "
+        f"{settings['retrieval_length']:,} tokens it gives (full cache; same window): {', '.join(facts)}."
     )
 
 
@@ -77,13 +77,21 @@ def selection(result: Mapping[str, Any]) -> str:
     )
 
 
+def windows_alone(results: Results) -> str:
+    """As `plans`, of a report whose plans that select were made by an earlier rule: these are left out."""
+    (result,) = results
+    return plans([{**result, "rows": [row for row in result["rows"] if row["family"] != "select"]}])
+
+
 BLOCKS: dict[str, Callable[[Any], str]] = {
     "ablation": ablation,
     "headline": headline,
     "plans": plans,
-    "plans_gpu": partial(plans, judged=("priced",)),  # made before the queries of `select` counted as bytes
+    "plans_gpu": windows_alone,
+    "selection_more": selection,
     "selection": selection,
     "selection_less": selection,
+    "choosing": choosing,
     "kernel": kernel,
     "steps": steps,
     "batch": batch,

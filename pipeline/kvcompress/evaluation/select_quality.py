@@ -103,15 +103,20 @@ def select_rows(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; facts with Wilson intervals of the share."""
     tasks, texts = list(rows[0]["retrieval"]), list(rows[0]["texts"])
-    header = ["contender", "bytes at the end", "mean", "geometric mean", *texts, "÷ uniform's", *tasks]
+    header = ["contender", "bytes at the end", "mean", "geometric mean", *texts, "÷ uniform's", "ΔNLL to full"]
+    header += [f"{task} of {rows[0]['retrieval'][task]['total']}" for task in tasks]
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for row in rows:
         cells = [row["name"], f"{row['share']:.1%}", f"{row['mean_share']:.1%}", f"{row['perplexity_gmean']:.2f}"]
         cells += [f"{row['texts'][text]['perplexity']:.2f}" for text in texts]
         cells.append(f"{row['rival']['gmean_ratio']:.3f}" if "rival" in row else "")
-        cells += [f"{row['retrieval'][task]['share']:.2f}" for task in tasks]
+        found = row["nll_over_full"]
+        cells.append(f"{found['mean']:+.3f} ({found['low']:+.3f} … {found['high']:+.3f})")
+        for task in tasks:
+            facts = row["retrieval"][task]
+            cells.append(f"{facts['correct']} ({facts['low']:.2f} … {facts['high']:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -31,6 +31,8 @@ class Held:
     limit: the model's own sliding window (a query at p sees nothing before p - limit + 1), None without one.
     stays: bool `[batch or 1, kv_head or 1, key]`, keys that are kept whatever they score (sinks, window). Every score
         answers them with +inf; those that compare keys with each other leave them out where their paper does.
+    in_order: these are all keys and queries of a text without pads, column by column, so that where each stands need not
+        be looked up, which on an accelerator would wait for all of its work. No more is claimed where it is False.
     earlier: what every key had received before these queries came, see `Received`; None where nothing is known.
 
     Raises `InputError` where the shapes do not fit together.
@@ -46,6 +48,7 @@ class Held:
     limit: int | None = None
     stays: Tensor | None = None
     earlier: Received | None = None
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         batch, heads, count = self.keys.shape[:3]

@@ -7,6 +7,7 @@ they are attended by all queries at hand, together.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvcompress.scores.attention import MASKED, block_size
 from kvcompress.scores.held import Held
@@ -21,6 +22,8 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     m / n, which is 1 in a text without holes: there this is the plain sum over queries. Keys that stay are taken to be
     absent. Candidates in a chunk without queries get 0.
     """
+    if held.in_order:
+        return _of_a_text(held, chunk, scale)
     batch, heads, count = held.keys.shape[:3]
     queries, at = held.grouped_queries, held.at
     first = torch.where(at >= 0, at, at.amax()).amin(-1, keepdim=True)  # [batch or 1, 1]
@@ -39,6 +42,32 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
             queries[:, :, :, rows], keys, chosen_queries[:, rows], chosen_keys[:, :, columns], scale
         )
     return scores
+
+
+def _of_a_text(held: Held, chunk: int, scale: float) -> Tensor:
+    """The same for a text without holes, as many chunks at a time as a block may hold."""
+    batch, count = held.keys.shape[0], held.keys.shape[2]
+    more = -count % chunk
+    queries, keys = (
+        pad(tensor, (0, 0, 0, more)).unflatten(-2, (-1, chunk)).movedim(-3, 1)
+        for tensor in (held.grouped_queries, held.keys.float())
+    )  # [batch, chunk's number, kv_head, group, chunk, head_dim], and without group
+    asks = (torch.arange(count + more, device=keys.device) < count).unflatten(0, (-1, chunk))
+    there = pad(held.candidates, (0, more)).unflatten(-1, (-1, chunk)).movedim(-2, 1)  # [batch, number, kv_head, chunk]
+    step = max(1, block_size(batch * queries.shape[2] * queries.shape[3] * chunk, keys.device) // chunk)
+    found = []
+    for begin in range(0, keys.shape[1], step):
+        part = slice(begin, begin + step)
+        found.append(
+            _received(
+                queries[:, part].flatten(0, 1),
+                keys[:, part].flatten(0, 1),
+                asks[part].repeat(batch, 1),
+                there[:, part].flatten(0, 1),
+                scale,
+            ).unflatten(0, (batch, -1))
+        )
+    return torch.cat(found, 1).movedim(1, 2).flatten(2)[..., :count]
 
 
 def _received(queries: Tensor, keys: Tensor, asks: Tensor, there: Tensor, scale: float) -> Tensor:
