@@ -161,7 +161,7 @@ def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
     turned = ROTATION_OF_4.turn(draws[None, None], torch.arange(4, 100_004) % 50)
     at = torch.arange(4, 100_004)[None] % 50
     held = Held(keys, keys, torch.arange(6)[None, None], 0.25, turned, at, ROTATION_OF_4)
-    found = ExpectedAttention(future=1, skip=0, value_norm=False)(held)[0, 0]
+    found = ExpectedAttention(future=1, skip=0, value_norm=False, most=100_000)(held)[0, 0]
     coming = ROTATION_OF_4.turn(draws, torch.tensor([50]))
     mean_of_exponentials = (coming @ keys[0, 0].T * 0.25).exp().mean(0)
     assert torch.allclose(found, mean_of_exponentials / mean_of_exponentials.sum(), rtol=0.01)

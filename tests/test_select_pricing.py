@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.errors import InputError
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import NEVER, ChoosingPricing
 from kvcompress.planning.policies import Planner
@@ -108,11 +107,12 @@ def test_scores_without_queries_take_nothing_from_the_budget(planner: Planner) -
     assert plan.held(CONTEXT) == planner.slots(budget)
 
 
-def test_without_measured_choices_it_is_refused(planner: Planner) -> None:
+def test_without_measured_choices_there_are_windows(planner: Planner) -> None:
     measured = planner.sensitivity
     none = replace(measured, choices=[], chosen=measured.chosen[:0], lost=measured.lost[:, :0])
-    with pytest.raises(InputError, match="no choices of keys were measured"):
-        replace(planner, sensitivity=none).plan("select", Budget.parse(0.25))
+    plan = replace(planner, sensitivity=none).plan("select", Budget.parse(0.25))
+    assert all(not kept.chosen for kept in flat(plan))
+    assert plan.held(CONTEXT) == planner.slots(Budget.parse(0.25))
 
 
 def test_a_short_context_leaves_windows(planner: Planner) -> None:

@@ -153,8 +153,8 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     flags = [*where, *sizes, "--retrieval-depths", "1", "--growing", "--score", "snapkv", "--score", "key_norm"]
     model = tiny_model("llama")
     params = SensitivityParams(
-        max_tokens=128, documents_per_text=1, windows=[8, 32], joint_windows=[16], fact_contexts=1, facts_per_context=1,
-        far=16, nodes=1,
+        max_tokens=160, documents_per_text=1, windows=[8, 32], joint_windows=[16], fact_contexts=1, facts_per_context=1,
+        far=16, nodes=1, choice_sizes=[128],
     )  # fmt: skip
     measure_sensitivity(model, tiny_tokenizer(), {"a": prose(80, 3)}, params, progress=False).save(tmp_path / "prices")
     flags += ["--sensitivity", str(tmp_path / "prices"), "--policy", "select", "--policy", "priced", "--task", "needle"]

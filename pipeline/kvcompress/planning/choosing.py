@@ -17,7 +17,6 @@ import numpy as np
 
 from kvcompress.analysis.choice_changes import chosen_of
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.errors import InputError
 from kvcompress.planning.pricing import DISTANCES, Priced, Pricing
 from kvcompress.planning.spending import pieces, spend
 from kvcompress.retention import Retention
@@ -40,21 +39,19 @@ class Way:
 
 
 class ChoosingPricing:
-    """Prices of windows and of chosen keys at one context length. Raises `InputError` where none were measured."""
+    """Prices of windows and of chosen keys at one context length.
+
+    Of windows alone where no choices were measured: for a model with a sliding window of its own, or short documents.
+    """
 
     def __init__(self, sensitivity: Sensitivity, context: int) -> None:
-        if not sensitivity.choices:
-            raise InputError(
-                "policy select: no choices of keys were measured for this model (its scores need a known rotary embedding "
-                "and no sliding window; see sensitivity.choice_scores)"
-            )
         self.windows = Pricing(sensitivity, context)
         self.sinks, self.context, self.heads = sensitivity.sinks, context, self.windows.heads
         self.sizes, carried = self.windows.sizes, self.windows.carried
         everything = np.repeat(carried[:, None], len(self.sizes), 1)
         self.ways = [Way("", 0.0, self.windows.prices, everything)]
-        prices = sensitivity.choice_prices().reshape(len(sensitivity.choices), -1)
-        lost = sensitivity.lost.reshape(*sensitivity.lost.shape[:2], -1)
+        prices = sensitivity.choice_prices().reshape(-1, self.heads)
+        lost = sensitivity.lost.reshape(*sensitivity.lost.shape[:2], self.heads)
         for score, part in dict.fromkeys(choice[:2] for choice in sensitivity.choices):
             of = [i for i, choice in enumerate(sensitivity.choices) if choice[:2] == (score, part)]
             measured = np.array([sensitivity.choices[i].size for i in of]) + self.sinks
