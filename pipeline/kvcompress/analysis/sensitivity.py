@@ -25,6 +25,7 @@ from kvcompress.artifacts import read_tensors, write_tensors
 from kvcompress.corpora import documents_of_all
 from kvcompress.errors import InputError
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.parts import of_all_heads, part_of
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
 TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3}  # name -> dimensions
@@ -125,7 +126,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
 
-    Where several processes were started (`kvcompress.ranks`), each measures its share and gets the whole result. Raises
+    Where several processes were started (`kvcompress.ranks`), each measures its share (where they hold one model, its own
+    heads) and gets the whole result. Raises
     `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
     """
     settings = params or SensitivityParams()
@@ -143,17 +145,19 @@ def measure_sensitivity(
     fact_length = min(settings.fact_tokens, length - 2 * settings.facts_per_context)
     questions = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
+    part = part_of(model.config)
+    own = (observed.num_layers, observed.num_key_value_heads // part.count)
     jobs: list[Callable[[], Tensor]] = [
-        partial(text_prices, model, tokens, windows, sinks, shape, settings.seed) for tokens in batch
+        partial(text_prices, model, tokens, windows, sinks, own, settings.seed) for tokens in batch
     ]
     jobs += [
-        partial(joint_prices, model, tokens, window, sinks, shape) for tokens in joint_batch for window in joint_windows
+        partial(joint_prices, model, tokens, window, sinks, own) for tokens in joint_batch for window in joint_windows
     ]
     jobs += [
-        partial(retrieval_prices, model, context, asked, far, sinks, shape, settings.nodes)
+        partial(retrieval_prices, model, context, asked, far, sinks, own, settings.nodes)
         for context, asked in questions
     ]
-    found = [prices.numpy() for prices in done_together(jobs, progress)]
+    found = [of_all_heads(prices, -1, part).numpy() for prices in done_together(jobs, progress)]
     fisher, rest = found[: len(batch)], found[len(batch) :]
     joint, retrieval = rest[: -len(questions)], rest[-len(questions) :]
     return Sensitivity(
