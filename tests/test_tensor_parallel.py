@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from kvcompress.models import load_folder
 from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.parts import Part, part_of
 from kvcompress.switching import use_attention
-from kvcompress.tensor_parallel import require_split
+from kvcompress.tensor_parallel import require_as_split, require_split, share
 from tests.parts_program import CHOSEN, CONFIGS, WINDOWS, cached, measured, opened, save_wide
 from tests.project import ROOT, copy_project, run, stage_here
 from tests.tiny import tiny_model
@@ -70,10 +71,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def start(project: Path, device: str, *command: str, processes: int = 2, check: bool = True):
+def start(project: Path, device: str, flag: str) -> CompletedProcess[str]:
     hidden = [] if device == "cuda" else ["env", "CUDA_VISIBLE_DEVICES="]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return run(project, *hidden, sys.executable, *launcher, "-m", *command, check=check)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return run(project, *hidden, sys.executable, *launcher, "-m", "tests.parts_program", flag)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def together(project: Path, device: str) -> Path:
     (folder := project / f"together-{device}").mkdir()
     runs = [[name, [*flags, "--params", "split.yaml", "--output-dir", folder.name]] for name, flags in RUNS]
     runs += [["kvcompress", command(name, folder, "--tp-plan", "auto")] for name in COMMANDS]
-    result = start(project, device, "tests.parts_program", json.dumps(runs))
+    result = start(project, device, json.dumps(runs))
     (folder / "said").write_text(result.stdout)
     return project
 
@@ -147,7 +148,7 @@ def test_plans_are_compared_by_the_bytes_of_all_processes(together: Path, alone:
             assert row[name] == other[name], name
         for name in ("perplexity", "accuracy", "kl"):
             assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
-        assert other["nbytes_peak"] <= row["nbytes_peak"] <= 1.1 * other["nbytes_peak"]
+        assert other["nbytes_peak"] <= row["nbytes_peak"] <= 1.2 * other["nbytes_peak"]
 
 
 def test_commands_say_what_one_process_says(
@@ -161,34 +162,24 @@ def test_commands_say_what_one_process_says(
             app(command(name, other, "--device", place), standalone_mode=False)
     said, alone = (folder / "said").read_text(), capsys.readouterr().out
     texts = [json.loads(text[text.rindex('{\n  "text"') :]) for text in (said, alone)]
-    for each in texts:
-        each.pop("seconds")
+    peak, whole = (text["cache"].pop("peak_bytes") for text in texts if text.pop("seconds"))
     assert texts[0] == texts[1]
+    assert whole <= peak <= 1.2 * whole
     assert said.count('"text"') == said.count("written to ") == 1
-    heads, expected = (read_json(place / "plan.json")["heads"] for place in (folder, other))
+    heads, expected = (read_json(at / "plan.json")["heads"] for at in (folder, other))
     assert heads == expected
-    heads, expected = (read_json(place / "analysis/head_statistics.json")["heads"] for place in (folder, other))
+    heads, expected = (read_json(at / "analysis/head_statistics.json")["head_statistics"] for at in (folder, other))
     assert len(heads) == len(expected) == 16
     for one, same in zip(heads, expected, strict=True):
         assert one["mean_entropy"] == pytest.approx(same["mean_entropy"], rel=1e-4)
-    rows, expected = (read_json(place / "evaluation.json")["rows"] for place in (folder, other))
+    rows, expected = (read_json(at / "evaluation.json")["rows"] for at in (folder, other))
     assert [row["nbytes_end"] for row in rows] == [row["nbytes_end"] for row in expected]
     assert [row["perplexity"] for row in rows] == pytest.approx([row["perplexity"] for row in expected], rel=1e-4)
 
 
 def test_a_model_that_transformers_split_is_taken_over(project: Path, device: str) -> None:
-    start(project, device, "tests.parts_program", "adopt")
+    start(project, device, "adopt")
     compare(load_file(project / "adopted.safetensors"), of_one_process(project, "llama", device, cached), device)
-
-
-def test_heads_that_do_not_divide_end_the_stage(project: Path) -> None:
-    result = start(
-        project, "cpu", "stages.collect_attention", "--params", "split.yaml", "--output-dir", "uneven",
-        processes=3, check=False,
-    )  # fmt: skip
-    assert result.returncode
-    assert "error: llama has 4 KV heads a layer, which 3 processes cannot share equally" in result.stderr
-    assert not (project / "uneven").exists()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +188,7 @@ def test_heads_that_do_not_divide_end_the_stage(project: Path) -> None:
         ({}, 1, "tp_plan is 'auto', which needs several processes"),
         ({"device_map": "auto"}, 2, "and model.device_map is 'auto': expected one of the two"),
         ({"device": "cpu"}, 2, "but model.device is 'cpu'"),
+        ({}, 3, "llama has 4 KV heads a layer, which 3 processes cannot share equally"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -228,6 +220,21 @@ def test_plans_that_leave_heads_whole() -> None:
     with pytest.raises(UnsupportedModelError, match="plan to split gpt2 does not exist"):
         require_split(GPT2Config(), 2)
     require_split(CONFIGS["gpt_neox"](), 2)
+
+
+def test_a_model_that_is_not_as_it_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="the model is in 1 tensor-parallel parts, but the run has 1 processes"):
+        share(tiny_model("llama"))
+    model = tiny_model("llama")
+    require_as_split(model, 1)
+    with pytest.raises(UnsupportedModelError, match="layer 0 has 2 of its 2 KV heads in each of 2 processes"):
+        require_as_split(model, 2)
+    model.config.vocab_size = 128
+    with pytest.raises(UnsupportedModelError, match="gives 256 logits for 128 tokens"):
+        require_as_split(model, 1)
+    model.lm_head = torch.nn.Linear(31, 256)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, as transformers splits it, does not run: mat1"):
+        require_as_split(model, 1)
 
 
 def test_processes_of_one_model_share_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:

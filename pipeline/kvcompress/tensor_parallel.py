@@ -80,7 +80,10 @@ def share(model: PreTrainedModel) -> None:
 def require_as_split(model: PreTrainedModel, count: int) -> None:
     """Raise `UnsupportedModelError` unless a pass gives each of `count` processes its KV heads and all logits."""
     name, text = type(model).__name__, model.config.get_text_config(decoder=True)
-    out = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
+    try:
+        out = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"{name}, as transformers splits it, does not run: {str(error)[:200]}") from error
     heads = ModelShape.of_config(model.config).kv_heads
     for index, layer in enumerate(out.past_key_values.layers):
         if layer.keys.shape[1] * count != heads:
