@@ -31,6 +31,7 @@ from kvcompress.cache import Choosing, judged, recorded_choices
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cli import main as program
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.evaluation.beyond import stream
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.facts import make_cases
@@ -159,6 +160,9 @@ def measured(model: PreTrainedModel) -> dict[str, Tensor]:
         found[f"score.{name}"] = torch.from_numpy(score.nll)
         found[f"bytes.{name}"] = torch.tensor([score.nbytes_end, score.nbytes_mean], dtype=torch.float64)
         found[f"answers.{name}"] = torch.tensor(answers[name])
+    bounded = {name: compressors()[name] for name in ("in the cache", "chosen")}
+    rows = stream(model, ids(1025)[0], bounded, 128, progress=False)
+    found["bytes.beyond"] = torch.tensor([row["nbytes"] for row in rows])
     with compressors()["windows"].attached(model), torch.inference_mode():  # the loop that compresses a dense cache
         past = model(documents[0][None, :60].to(device), use_cache=True).past_key_values
         past = compressors()["windows"].compress(past, config=model.config)

@@ -200,6 +200,12 @@ def test_settings_that_do_not_go_together(
         load_folder(project / "inputs/llama", params)
 
 
+def test_flags_that_do_not_go_together(project: Path) -> None:
+    for flag, message in (("all", "--tp-plan is 'all', expected auto"), ("auto", "needs several processes")):
+        with pytest.raises(InputError, match=message):
+            app(["generate", str(project / "inputs/llama"), "What?", "--tp-plan", flag], standalone_mode=False)
+
+
 def joined(monkeypatch: pytest.MonkeyPatch, processes: int, one_model: bool = False) -> None:
     if processes > 1:
         monkeypatch.setattr(ranks, "_joined", ranks.Joined(1, processes, None, torch.device("cpu"), one_model))

@@ -208,13 +208,13 @@ def load_model(record: ModelRecord, params: ModelParams) -> tuple[PreTrainedMode
 def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder of safetensors; nothing is fetched and nothing unpickled."""
     transformers_logging.disable_progress_bar()
-    if params.device_map and not params.tp_plan and ranks.size() > 1:
-        raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
     options: dict[str, Any] = {"trust_remote_code": params.trust_remote_code, "local_files_only": True}
     device, place = None, dict[str, Any]()
     if params.tp_plan:
         place = split_options(read_config(Path(folder), params.trust_remote_code), params)
     elif params.device_map:
+        if ranks.size() > 1:
+            raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
         place = {"device_map": params.device_map}
     else:
         device = resolve_device(ranks.own_device(params.device))
@@ -232,13 +232,13 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
             model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model folder {folder} cannot be loaded: {in_short(error)}") from error
-    if params.tp_plan:
-        share(model)
-    elif device is not None:
+    if device is not None:
         ranks.exchange_on(device)
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:  # transformers would go on with random weights
         raise InputError(f"the weights in {folder} lack {lacking[0]}, or have it in another shape (of {len(lacking)})")
+    if params.tp_plan:
+        share(model)
     return model.eval(), tokenizer
 
 

@@ -144,8 +144,8 @@ def exchange_on(device: torch.device) -> None:
 def mine(costs: Sequence[float]) -> list[int]:
     """Which of the items with these costs this process works on, ascending; every item belongs to one process.
 
-    To all of them where they hold one model.
     The dearest goes first, each to the process with the least so far, so that items of very different cost balance too.
+    Where the processes hold one model, every item is every process's.
     """
     if one_model():
         return list(range(len(costs)))
