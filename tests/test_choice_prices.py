@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import kvcompress.analysis.retrieval_price as retrieval_price
-from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at
+from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at, priced_choices
 from kvcompress.analysis.retrieval_price import retrieval_prices
-from kvcompress.analysis.sensitivity import priced_choices
 from kvcompress.analysis.slot_changes import slot_changes
 from kvcompress.analysis.text_price import part, text_prices
 from kvcompress.analysis.window_changes import window_changes

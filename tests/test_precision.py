@@ -8,10 +8,8 @@ from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.precision import FEWEST, precise_enough, standard_errors
 from kvcompress.analysis.statistics import compute_statistics
-from kvcompress.errors import UnsupportedModelError
 from kvcompress.params.analysis import StatisticsParams
 from kvcompress.params.collect import CollectParams
-from kvcompress.switching import use_attention
 from tests.tiny import VOCABULARY, tiny_model
 
 SINKS = 3
@@ -96,10 +94,3 @@ def test_collecting_stops_once_precise(documents: list[torch.Tensor], alone: lis
     assert not precise_enough(total, both)
     assert precise_enough(total, CollectParams(stop_entropy_error=1e3))
     assert not precise_enough(alone[0] + alone[1], CollectParams(stop_entropy_error=1e3))  # too few
-
-
-def test_a_tensor_parallel_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(model, "_tp_size", 2, raising=False)
-    with pytest.raises(UnsupportedModelError, match="split into 2 tensor-parallel parts"):
-        use_attention(model, "kvcompress_observe")

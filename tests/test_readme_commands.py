@@ -96,7 +96,10 @@ def check_torchrun(words: list[str], complete: bool) -> None:
     from torch.distributed.run import get_args_parser
 
     given = get_args_parser().parse_args(words[1:])
-    check_python(["python", "-m", given.training_script, *given.training_script_args], complete)
+    started = [given.training_script, *given.training_script_args]
+    if not given.no_python:
+        started = ["python", "-m", *started]
+    CHECKS[started[0]](started, complete)
 
 
 def check_bash(words: list[str], complete: bool) -> None:

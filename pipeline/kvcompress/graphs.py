@@ -30,6 +30,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.standing import Standing, StandingCache, StandingDense
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.fusing import FusedParts
+from kvcompress.parts import part_of
 
 
 def can_record(device: torch.device) -> bool:
@@ -51,12 +52,16 @@ class GraphedDecoder:
 
     `logits` are those of the last step, `[batch, vocabulary]`; the next step overwrites them. Raises `CacheUseError` for
     a cache that is empty or of another kind, `InputError` for a number below 1, `UnsupportedModelError` for a model on
-    several devices.
+    several devices or split among processes.
     """
 
     def __init__(
         self, model: PreTrainedModel, cache: RaggedCache | StaticCache, max_new_tokens: int, fused: bool = False
     ) -> None:
+        if part_of(model.config).count > 1:
+            raise UnsupportedModelError(
+                "a step of a model split among processes cannot be captured: they wait for each other"
+            )
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
             raise UnsupportedModelError(f"the model lies on {len(devices)} devices, a graph can be captured on one")

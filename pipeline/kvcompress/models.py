@@ -23,6 +23,7 @@ from kvcompress.cache.shape import ModelShape as CacheShape
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.packages import fetch_packaged_file
 from kvcompress.params.model import HubModel, LocalModel, ModelParams
+from kvcompress.tensor_parallel import share, split_options
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 UNLIMITED = 2**31 - 1  # context of models whose config names none
@@ -197,7 +198,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(record: ModelRecord, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the resolved model for inference, on `params.device` or spread by `params.device_map`, and its tokenizer.
+    """Load the resolved model for inference and its tokenizer: on `params.device`, or where `device_map` or `tp_plan` say.
 
     Raises `InputError` where files are missing, differ from those that were resolved, or lack weights of the model.
     """
@@ -207,11 +208,16 @@ def load_model(record: ModelRecord, params: ModelParams) -> tuple[PreTrainedMode
 def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder of safetensors; nothing is fetched and nothing unpickled."""
     transformers_logging.disable_progress_bar()
-    if params.device_map and ranks.size() > 1:
-        raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
-    device = None if params.device_map else resolve_device(ranks.own_device(params.device))
     options: dict[str, Any] = {"trust_remote_code": params.trust_remote_code, "local_files_only": True}
-    place = {"device_map": params.device_map} if params.device_map else {}
+    device, place = None, dict[str, Any]()
+    if params.tp_plan:
+        place = split_options(read_config(Path(folder), params.trust_remote_code), params)
+    elif params.device_map:
+        if ranks.size() > 1:
+            raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
+        place = {"device_map": params.device_map}
+    else:
+        device = resolve_device(ranks.own_device(params.device))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -231,6 +237,8 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:  # transformers would go on with random weights
         raise InputError(f"the weights in {folder} lack {lacking[0]}, or have it in another shape (of {len(lacking)})")
+    if params.tp_plan:
+        share(model)
     return model.eval(), tokenizer
 
 

@@ -4,6 +4,8 @@ An overlay on torch.distributed for what torchrun starts; in one process every f
 process loads the model, works on its own documents, and ends up with the whole result; `rank` 0 alone writes it and shows
 a progress bar. Exchanged are float64 tensors, a few a stage: over NCCL where every process has a GPU, over gloo elsewhere.
 
+Where the processes hold parts of one model (`kvcompress.parts`) there is nothing to share: each works on all documents.
+
 A process that ends early ends the run: torchrun stops the others, and none writes before all have delivered.
 """
 
@@ -29,12 +31,13 @@ DIMENSIONS = 8  # of a tensor that is exchanged, at most
 
 @dataclass
 class Joined:
-    """The group that this process belongs to, and on which device its tensors are exchanged."""
+    """The group that this process belongs to, on which device its tensors are exchanged, and what it holds."""
 
     rank: int
     size: int
     group: Any
     device: torch.device
+    one_model: bool = False  # all processes together hold one model, split by tensor parallelism
 
 
 _joined: Joined | None = None
@@ -53,18 +56,33 @@ def size() -> int:
     return _joined.size if _joined else 1
 
 
+def one_model() -> bool:
+    """Whether the processes hold parts of one model, so that all of them work on the same documents."""
+    return _joined is not None and _joined.one_model
+
+
+def hold_one_model() -> None:
+    """From now on `one_model`; every process has to call this."""
+    assert _joined is not None
+    _joined.one_model = True
+
+
 def join() -> None:
-    """Meet the other processes; nothing where there are none. Raises `KVCompressError` where one does not come."""
+    """Meet the other processes, where nobody else did so yet; nothing where there are none.
+
+    Raises `KVCompressError` where one does not come.
+    """
     global _joined
     if not started() or _joined:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     parent = os.getppid()
     try:
-        dist.init_process_group(backend, timeout=MEETING)
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=MEETING)
     except (RuntimeError, ValueError) as error:
         raise KVCompressError(f"the processes of this run did not find each other: {str(error)[:200]}") from error
-    group = dist.new_group(timeout=WAITING)
+    group = dist.new_group(timeout=WAITING, backend=backend)
     _joined = Joined(dist.get_rank(), dist.get_world_size(), group, torch.device("cpu"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
@@ -127,7 +145,10 @@ def mine(costs: Sequence[float]) -> list[int]:
     """Which of the items with these costs this process works on, ascending; every item belongs to one process.
 
     The dearest goes first, each to the process with the least so far, so that items of very different cost balance too.
+    Where the processes hold one model, every item is every process's.
     """
+    if one_model():
+        return list(range(len(costs)))
     loads, own = [0.0] * size(), []
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         least = loads.index(min(loads))
@@ -138,8 +159,11 @@ def mine(costs: Sequence[float]) -> list[int]:
 
 
 def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor (float64, the same shapes everywhere) summed over all processes, which all get the sums."""
-    if _joined is None:
+    """Each tensor (float64, the same shapes everywhere) summed over all processes, which all get the sums.
+
+    Where they hold one model each has done all the work, and there is nothing to add.
+    """
+    if _joined is None or _joined.one_model:
         return dict(tensors)
     flat = add_up(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
@@ -152,7 +176,7 @@ def in_order(found: Mapping[int, Tensor], count: int) -> list[Tensor]:
     `found` holds this process's own. Nothing is pickled: shapes go first, then one buffer that is zero wherever it is not
     one's own; adding zeros changes no bit.
     """
-    if _joined is None:
+    if _joined is None or _joined.one_model:
         return [found[item].double().cpu() for item in range(count)]
     shapes = torch.zeros(count, DIMENSIONS + 1, dtype=torch.float64)
     for item, tensor in found.items():
@@ -167,10 +191,10 @@ def in_order(found: Mapping[int, Tensor], count: int) -> list[Tensor]:
     return [part.view(one) for part, one in zip(parts, sizes, strict=True)]
 
 
-def add_up(flat: Tensor) -> Tensor:
-    """Sum of a flat float64 tensor over all processes, on the CPU."""
+def add_up(own: Tensor) -> Tensor:
+    """Sum of a contiguous float64 tensor over all processes, on the CPU."""
     assert _joined is not None
-    moved = flat.to(_joined.device, torch.float64)
+    moved = own.to(_joined.device, torch.float64)
     try:
         dist.all_reduce(moved, group=_joined.group)
         return moved.cpu()
@@ -182,5 +206,5 @@ def add_up(flat: Tensor) -> Tensor:
 
 def progress(total: int, desc: str, unit: str, shown: bool = True) -> "tqdm[Any]":
     """A progress bar over this process's own work; only process 0 shows it, and says of how many it is."""
-    label = desc if size() == 1 else f"{desc}, 1 of {size()} processes"
+    label = desc if size() == 1 or one_model() else f"{desc}, 1 of {size()} processes"
     return tqdm(total=total, desc=label, unit=unit, disable=not shown or rank() > 0)

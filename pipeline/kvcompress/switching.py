@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.parts import part_of
 
 # What some models' attention does beside softmax(QK)V: a learned sink, a learned bias by distance.
 LEARNED_TERMS = ("s_aux", "position_bias")
@@ -15,14 +16,9 @@ CAPPED_OR_LEARNED = ("softcap", *LEARNED_TERMS)
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch `model` to a registered attention; `UnsupportedModelError` where it does not take another one.
 
-    Also where the model is one of several tensor-parallel parts: each sees its own heads alone and numbers them from 0.
+    Also where it is one of several tensor-parallel parts and nobody said so (`kvcompress.tensor_parallel.share`).
     """
-    parts = getattr(model, "tp_size", None) or 1
-    if parts > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is split into {parts} tensor-parallel parts, none of which sees all heads; "
-            "spread whole layers instead: device_map"
-        )
+    part_of(model.config)
     try:
         model.set_attn_implementation(name)
     except ValueError as error:

@@ -8,13 +8,16 @@ serves all sizes, so that scores which compare keys with each other see those in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcompress.analysis.window_changes import Sums
 from kvcompress.cache.rotation import Rotation
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.models import model_shape
+from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.choosing import best
 from kvcompress.scores.held import Held
 from kvcompress.scores.table import make_score
@@ -41,6 +44,28 @@ class Choice(NamedTuple):
 def chosen_of(size: int, part: float) -> int:
     """How many of `size` slots are chosen: the part, rounded, but one at least stays for the window."""
     return min(round(part * size), size - 1)
+
+
+def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tuple[list[Choice], Rotation | None]:
+    """The choices of `settings` that fit documents of `length` tokens, and the model's rotation, None where not known.
+
+    Without it scores that need it are left out, and all where the model has a sliding window of its own: no cache can
+    choose there.
+    """
+    try:
+        rotation = Rotation.of(config)
+    except UnsupportedModelError:
+        rotation = None
+    if any(limit is not None for limit in model_shape(config).windows):
+        return [], rotation
+    scores = [name for name in settings.choice_scores if rotation or not make_score(name).needs_rotation]
+    found = [
+        Choice(score, part, size)
+        for score in scores
+        for part in settings.choice_parts
+        for size in settings.choice_sizes
+    ]
+    return [one for one in found if one.window >= STEP and one.size + settings.sinks < length], rotation
 
 
 @dataclass(frozen=True)

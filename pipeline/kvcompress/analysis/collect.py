@@ -9,13 +9,14 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress import ranks
-from kvcompress.analysis.attention_sums import AttentionSums
+from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums
 from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import AttentionObserver, observing, require_observable
 from kvcompress.analysis.precision import precise_enough
 from kvcompress.errors import InputError
 from kvcompress.models import input_device
 from kvcompress.params.collect import CollectParams
+from kvcompress.parts import of_all_heads, part_of
 
 
 def collect_attention(
@@ -27,7 +28,8 @@ def collect_attention(
 ) -> AttentionSums:
     """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
 
-    Where several processes were started (`kvcompress.ranks`), each reads its share and gets the sums of all.
+    Where several processes were started (`kvcompress.ranks`), each reads its share and gets the sums of all; where they
+    hold one model, each reads all, with its own heads, and gets the sums of all heads.
 
     With `stopping` that bounds a standard error, no more documents are read than it takes (`precision.precise_enough`,
     asked after every `stopping.stop_every` documents, so that any number of processes reads the same ones).
@@ -48,17 +50,21 @@ def collect_attention(
         chunk_size = max(map(len, documents), default=1)  # a chunk would be rotated as if the text ended with it
     if not documents:
         raise InputError("there are no documents to collect attention from")
-    total = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
+    total, part = AttentionSums.none(shape.num_layers, shape.num_attention_heads), part_of(model.config)
     size = len(documents) if stopping is None else stopping.stop_every
     rounds = [documents[first : first + size] for first in range(0, len(documents), size)]
     shares = [[batch[i] for i in ranks.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
     amount = sum(len(tokens) for own in shares for tokens in own)
     with torch.inference_mode(), ranks.progress(amount, "attention", "tok", progress) as bar:
         for batch, own in zip(rounds, shares, strict=True):
-            found = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
+            found = AttentionSums.none(shape.num_layers, shape.num_attention_heads // part.count)
             for tokens in own:
                 found += read(model, tokens, chunk_size, bar).sums(shape.num_layers)
-            total += AttentionSums(ranks.summed(found.tensors), len(batch), max(map(len, batch)))
+            sums = {
+                name: of_all_heads(tensor, 1, part) if name in HEAD_SUMS else tensor
+                for name, tensor in ranks.summed(found.tensors).items()
+            }
+            total += AttentionSums(sums, len(batch), max(map(len, batch)))
             if stopping and precise_enough(total, stopping):  # the same sums, so the same answer, in every process
                 break
     add_induction(model, total)

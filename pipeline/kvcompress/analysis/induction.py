@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.observe import observing
 from kvcompress.models import input_device
+from kvcompress.parts import of_all_heads, part_of
 
 LENGTH = 128  # tokens that are repeated
 
@@ -26,5 +27,5 @@ def add_induction(model: PreTrainedModel, sums: AttentionSums, seed: int = 0) ->
     with torch.inference_mode(), observing(model) as observer:
         model.base_model(once.repeat(2)[None].to(input_device(model)), use_cache=False)
         probe = observer.sums(sums.num_layers).tensors["relative"][..., length - 1] / (length + 1)
-        sums.tensors["induction"] += probe
+        sums.tensors["induction"] += of_all_heads(probe, 1, part_of(model.config))
         sums.tensors["probes"] += 1

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.models import ModelShape, input_device, model_shape
+from kvcompress.parts import Part, part_of
 from kvcompress.switching import LEARNED_TERMS, refuse_terms, use_attention
 
 NAME = "kvcompress_observe"
@@ -199,7 +200,7 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
         with observing(model) as observer:
             observed = model.base_model(ids, use_cache=False).last_hidden_state.float()
         observer.sums(shape.num_layers)
-    require_as_described(name, shape, observer)
+    require_as_described(name, shape, observer, part_of(model.config))
     if not own.isfinite().all():
         raise UnsupportedModelError(f"{name} gives hidden states that are not finite numbers; are its weights damaged?")
     difference = float((own - observed).norm() / own.norm())
@@ -211,7 +212,7 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
     return shape
 
 
-def require_as_described(name: str, shape: ModelShape, observer: AttentionObserver) -> None:
+def require_as_described(name: str, shape: ModelShape, observer: AttentionObserver, part: Part) -> None:
     """Raise `UnsupportedModelError` where the heads or windows observed are not those that the config describes.
 
     Some models apply a sliding window through their mask alone; the observer would look through it at all keys.
@@ -223,8 +224,9 @@ def require_as_described(name: str, shape: ModelShape, observer: AttentionObserv
                 f"{observer.windows[layer]} on to attention, so what it hides cannot be observed"
             )
         found = (observer.layers[layer]["entropy"].shape[0], observer.kv_heads[layer])
-        if found != (shape.num_attention_heads, shape.num_key_value_heads):
+        expected = (shape.num_attention_heads // part.count, shape.num_key_value_heads // part.count)
+        if found != expected:
             raise UnsupportedModelError(
                 f"{name}: layer {layer} has {found[0]} query and {found[1]} KV heads, its config says "
-                f"{shape.num_attention_heads} and {shape.num_key_value_heads}"
+                f"{expected[0]} and {expected[1]}"
             )

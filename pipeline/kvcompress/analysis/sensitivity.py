@@ -18,18 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress import ranks
 from kvcompress.analysis.calibration_facts import calibration_facts
-from kvcompress.analysis.choice_changes import STEP, Choice
+from kvcompress.analysis.choice_changes import Choice, priced_choices
 from kvcompress.analysis.joint_price import joint_prices
 from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.artifacts import read_tensors, write_tensors
-from kvcompress.cache.rotation import Rotation
 from kvcompress.corpora import documents_of_all
-from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.models import model_shape
+from kvcompress.errors import InputError
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.scores.table import make_score
+from kvcompress.parts import of_all_heads, part_of
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
 TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3, "chosen": 3, "lost": 4}  # name -> dimensions
@@ -160,7 +158,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
 
-    Where several processes were started (`kvcompress.ranks`), each measures its share and gets the whole result. Raises
+    Where several processes were started (`kvcompress.ranks`), each measures its share (where they hold one model, its own
+    heads) and gets the whole result. Raises
     `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
     """
     settings = params or SensitivityParams()
@@ -179,17 +178,19 @@ def measure_sensitivity(
     questions = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     choices, rotation = priced_choices(model.config, settings, length)
+    part = part_of(model.config)
+    own = (observed.num_layers, observed.num_key_value_heads // part.count)
     jobs: list[Callable[[], Tensor]] = [
-        partial(text_prices, model, tokens, windows, sinks, shape, settings.seed, choices, rotation) for tokens in batch
+        partial(text_prices, model, tokens, windows, sinks, own, settings.seed, choices, rotation) for tokens in batch
     ]
     jobs += [
-        partial(joint_prices, model, tokens, window, sinks, shape) for tokens in joint_batch for window in joint_windows
+        partial(joint_prices, model, tokens, window, sinks, own) for tokens in joint_batch for window in joint_windows
     ]
     jobs += [
-        partial(retrieval_prices, model, context, asked, far, sinks, shape, settings.nodes, choices, rotation)
+        partial(retrieval_prices, model, context, asked, far, sinks, own, settings.nodes, choices, rotation)
         for context, asked in questions
     ]
-    found = [prices.numpy() for prices in done_together(jobs, progress)]
+    found = [of_all_heads(prices, -1, part).numpy() for prices in done_together(jobs, progress)]
     fisher, rest = found[: len(batch)], found[len(batch) :]
     joint, facts = rest[: -len(questions)], np.concatenate(rest[-len(questions) :])
     summed = np.asarray(sum(fisher))
@@ -207,28 +208,6 @@ def measure_sensitivity(
         summed[len(windows) :],
         facts[:, 1:],
     )
-
-
-def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tuple[list[Choice], Rotation | None]:
-    """The choices of `settings` that fit documents of `length` tokens, and the model's rotation, None where not known.
-
-    Without it scores that need it are left out, and all where the model has a sliding window of its own: no cache can
-    choose there.
-    """
-    try:
-        rotation = Rotation.of(config)
-    except UnsupportedModelError:
-        rotation = None
-    if any(limit is not None for limit in model_shape(config).windows):
-        return [], rotation
-    scores = [name for name in settings.choice_scores if rotation or not make_score(name).needs_rotation]
-    found = [
-        Choice(score, part, size)
-        for score in scores
-        for part in settings.choice_parts
-        for size in settings.choice_sizes
-    ]
-    return [one for one in found if one.window >= STEP and one.size + settings.sinks < length], rotation
 
 
 def done_together(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:

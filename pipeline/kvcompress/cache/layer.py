@@ -22,6 +22,7 @@ from kvcompress.cache.reading import Reading
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.storage import Meter
 from kvcompress.errors import CacheUseError, InputError
+from kvcompress.parts import WHOLE, Part
 
 Prefill = Literal["exact", "streaming"]
 
@@ -32,7 +33,7 @@ class Shared:
 
     `prefill`: with "exact" the prompt attends in full and every head forgets after it; with "streaming" every query
     sees its head's keys alone. The prompt is the first forward pass, or the first `prompt_length` tokens where that is
-    given (a prompt fed in chunks).
+    given (a prompt fed in chunks). `part`: which of the model's heads the layers hold, where it is split among processes.
     """
 
     prefill: Prefill = "exact"
@@ -42,6 +43,7 @@ class Shared:
     meter: Meter = field(default_factory=Meter)
     fused: Fused = field(default_factory=Fused)
     choosing: Choosing = field(default_factory=Choosing)
+    part: Part = WHOLE
 
     def __post_init__(self) -> None:
         if self.prefill not in ("exact", "streaming"):

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.cache.choices import Choice, Choices, of_head
 from kvcompress.errors import CacheUseError, InputError
+from kvcompress.parts import part_of
 from kvcompress.retention import Retention
 from kvcompress.switching import use_attention
 
@@ -120,7 +121,8 @@ def judged(
     """Let `model`'s heads see, in one pass with `use_cache=False`, what `layers[layer][kv_head]` lets them see.
 
     With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does. What heads that
-    select see is not in their retention: `choices` replays what a cache chose (`recorded_choices`).
+    select see is not in their retention: `choices` replays what a cache chose (`recorded_choices`). Of a model split among
+    processes `layers` has all KV heads, and `choices` are those of the process's own cache.
     """
     if choices is None and any(kept.chosen for layer in layers for kept in layer):
         raise InputError("heads of this plan select keys: give judged the choices that a cache recorded")
@@ -129,10 +131,11 @@ def judged(
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     if {module.layer_idx for module in modules} != set(range(len(layers))):
         raise InputError(f"the plan has {len(layers)} layers, the model has {len({m.layer_idx for m in modules})}")
+    part = part_of(model.config)
     for module in modules:
-        _VERDICTS[module] = _Verdict(
-            layers[int(module.layer_idx)], prompt_length or 0, choices[int(module.layer_idx)] if choices else []
-        )
+        index = int(module.layer_idx)
+        own = layers[index][part.own(len(layers[index]))]
+        _VERDICTS[module] = _Verdict(own, prompt_length or 0, choices[index] if choices else [])
     before = model.config._attn_implementation
     use_attention(model, NAME)
     try:

@@ -16,6 +16,9 @@ class RaggedCache(Cache):
 
     Reports tokens *seen* as its sequence length. Readable only by a model inside `attached`; any other model gets a
     `CacheUseError`. For inference: gradients do not flow through what is held.
+
+    Of a model split among processes (`kvcompress.parts`) each one's cache has that process's heads alone: bytes, `held`
+    and `positions` are theirs, and KV head 0 is the first of them.
     """
 
     def __init__(self, layers: Sequence[CompressedLayer], shared: Shared, maker: object = None) -> None:
@@ -61,8 +64,10 @@ class RaggedCache(Cache):
         share = f"{sum(map(sum, held)) / (len(held) * heads * self.seen):.1%}" if self.seen else "nothing"
         low, high = min(map(min, held)), max(map(max, held))
         spread = f"{low}" if low == high else f"{low} to {high}"
+        part = self.shared.part
+        which = f" of part {part.index + 1} of {part.count}" if part.count > 1 else ""
         return (
-            f"RaggedCache({len(held)} layers × {heads} KV heads, {self.shared.prefill} prefill:"
+            f"RaggedCache({len(held)} layers × {heads} KV heads{which}, {self.shared.prefill} prefill:"
             f" {self.seen} tokens seen, {spread} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"
             f" peak {self.peak_nbytes / 1e6:,.1f} MB)"
         )

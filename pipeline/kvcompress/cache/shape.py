@@ -52,8 +52,11 @@ class ModelShape:
         return cls(layers, kv_heads, heads, tuple(window if kind == SLIDING_ATTENTION else None for kind in kinds))
 
     @classmethod
-    def of_cache(cls, cache: Any) -> "ModelShape":
-        """Raises `CacheUseError` unless `cache` is a plain, filled `DynamicCache`, which alone can be compressed."""
+    def of_cache(cls, cache: Any, parts: int = 1) -> "ModelShape":
+        """Of a model in so many `parts`, one of which filled this cache.
+
+        Raises `CacheUseError` unless `cache` is a plain, filled `DynamicCache`, which alone can be compressed.
+        """
         if not isinstance(cache, Cache):
             raise CacheUseError(
                 f"compress takes a transformers Cache, got a {type(cache).__name__}: transformers 5 has no other form"
@@ -70,4 +73,4 @@ class ModelShape:
         if not getattr(cache, "layers", ()):
             raise CacheUseError(f"{type(cache).__name__} holds no tokens yet: start with new_cache instead")
         limits = tuple(getattr(layer, "sliding_window", None) for layer in cache.layers)
-        return cls(len(cache.layers), cache.layers[0].keys.shape[1], None, limits)
+        return cls(len(cache.layers), cache.layers[0].keys.shape[1] * parts, None, limits)

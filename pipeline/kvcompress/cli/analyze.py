@@ -13,6 +13,7 @@ from kvcompress.cli.common import (
     Model,
     Revision,
     Texts,
+    TpPlan,
     Trust,
     model_params,
     open_model,
@@ -30,6 +31,7 @@ def analyze(
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     revision: Revision = "main",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -40,9 +42,10 @@ def analyze(
 
     Example: `kvcompress analyze HuggingFaceTB/SmolLM2-135M --text book.txt --output-dir smollm2`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
     texts = read_texts(text)
 
+    from kvcompress import ranks
     from kvcompress.analysis.classification import classify_heads
     from kvcompress.analysis.collect import collect_attention
     from kvcompress.analysis.report import validation_report
@@ -61,6 +64,8 @@ def analyze(
     origin = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
     info = describe_measure(sums, measure, origin)
     classes = classify_heads(statistics, sink_size=measure.sink_size)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     save_statistics(output_dir / "head_statistics.json", statistics, info)
     save_classifications(output_dir / "refined_classifications.json", classes, info, "refined")
     write_text(output_dir / "validation_report.txt", validation_report(info, statistics, classes))

@@ -24,26 +24,41 @@ Texts = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto spreads a model that does not fit one device.")]
+TpPlan = Annotated[
+    str | None,
+    typer.Option(help="auto splits every layer among the processes that torchrun started (docs/scaling.md)."),
+]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
 def model_params(
-    model: str, device: str, dtype: str, device_map: str | None, revision: str, trust: bool
+    model: str,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    revision: str,
+    trust: bool,
+    tp_plan: str | None = None,
 ) -> ModelParams:
     """Settings of a model that the command line names. Raises `InputError` for a name that can be neither."""
     place = source_of(model, revision, "MODEL")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
-    rest = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust}
+    if tp_plan not in (None, "auto"):
+        raise InputError(f"--tp-plan is {tp_plan!r}, expected auto")
+    rest = {"device": device, "dtype": dtype, "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust}
     return ModelParams.model_validate(place | rest)
 
 
 def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelRecord]":
-    """Model, tokenizer and record; a hub model is fetched."""
+    """Model, tokenizer and record; a hub model is fetched. With a `tp_plan` this process joins the others first."""
+    from kvcompress import ranks
     from kvcompress.models import load_folder, locate_model
 
+    if params.tp_plan:
+        ranks.join()
     record, folder = locate_model(params)
     model, tokenizer = load_folder(folder, params)
     model.config.name_or_path = record.id

@@ -12,6 +12,7 @@ from kvcompress.cli.common import (
     Dtype,
     Model,
     Revision,
+    TpPlan,
     Trust,
     model_params,
     open_model,
@@ -34,6 +35,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     revision: Revision = "main",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -42,12 +44,13 @@ def evaluate(
 
     Example: `kvcompress evaluate HuggingFaceTB/SmolLM2-135M --plan plan.json --text another_book.txt`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
     texts = read_texts(text)
 
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from kvcompress import ranks
     from kvcompress.artifacts import write_json
     from kvcompress.evaluation.ablation import compare
     from kvcompress.evaluation.ablation_report import report
@@ -65,6 +68,8 @@ def evaluate(
     )
     contenders = plan_contenders(loaded.config, max_tokens, plan)
     result = compare(loaded, tokenizer, record.id, texts, contenders, settings)
+    if not ranks.leave():  # every process has the whole result, one writes it
+        return
     if output:
         write_json(output, result)
     if as_json:

@@ -14,6 +14,7 @@ from kvcompress.cli.common import (
     Dtype,
     Model,
     Revision,
+    TpPlan,
     Trust,
     model_params,
     open_model,
@@ -39,6 +40,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     revision: Revision = "main",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -47,7 +49,7 @@ def generate(
 
     Example: `kvcompress generate HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --prompt-file book.txt --plan plan.json`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
     if prefill not in ("exact", "streaming"):
         raise InputError(f"--prefill is {prefill!r}, expected exact or streaming")
     text = prompt if prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
@@ -55,9 +57,11 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from kvcompress import ranks
     from kvcompress.artifacts import read_text
     from kvcompress.methods import HeadAwareCompressor
     from kvcompress.models import input_device
+    from kvcompress.parts import over_parts, part_of
 
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
@@ -72,17 +76,20 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(input_device(loaded))
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json or ranks.rank() else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     length, start = inputs.input_ids.shape[1], time.perf_counter()
     with compressor.attached(loaded):
         cache = compressor.new_cache(loaded.config, cast(Literal["exact", "streaming"], prefill))
         ids = loaded.generate(
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
+    held = over_parts(torch.tensor([cache.nbytes, cache.peak_nbytes]), part_of(loaded.config)).tolist()
+    if not ranks.leave():
+        return
     new = ids[0, length:]
     if as_json:
         answer = tokenizer.decode(new, skip_special_tokens=True)
-        figures = {"seen": cache.seen, "bytes": cache.nbytes, "peak_bytes": cache.peak_nbytes}
+        figures = {"seen": cache.seen, "bytes": int(held[0]), "peak_bytes": int(held[1])}
         spent = {"prompt_tokens": length, "new_tokens": len(new), "seconds": round(time.perf_counter() - start, 3)}
         print_json({"text": answer, **spent, "cache": figures})
     else:

@@ -13,6 +13,7 @@ from kvcompress.cli.common import (
     Model,
     Revision,
     Texts,
+    TpPlan,
     Trust,
     model_params,
     open_model,
@@ -45,6 +46,7 @@ def plan(
     device: Device = "auto",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     revision: Revision = "main",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -56,8 +58,9 @@ def plan(
     from kvcompress.planning.budget import Budget
 
     amounts = [Budget.parse(one) for one in budget]
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code)
+    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
 
+    from kvcompress import ranks
     from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
     from kvcompress.cli.head_map import plan_map
     from kvcompress.params.base import override
@@ -77,8 +80,10 @@ def plan(
         )
         found = measure_sensitivity(loaded, tokenizer, read_texts(text), settings, progress=not as_json)
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
-        if sensitivity:
-            found.save(sensitivity)
+    if not ranks.leave():  # every process has the prices, one goes on
+        return
+    if sensitivity and not sensitivity.is_file():
+        found.save(sensitivity)
     written = []
     for amount in amounts:
         made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found)

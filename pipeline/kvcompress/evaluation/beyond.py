@@ -17,6 +17,7 @@ from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import input_device, model_shape
+from kvcompress.parts import over_parts, part_of
 from kvcompress.planning.shapes import class_table_plan
 
 WINDOW = 1024  # predicted tokens a point
@@ -63,7 +64,7 @@ def stream(
                     bar.update(len(chunk))
             found[i] = torch.from_numpy(np.stack([np.concatenate(nll), held], axis=1))
     for name, measured in zip(names, ranks.in_order(found, len(names)), strict=True):
-        losses, bytes_held = measured.numpy().T
+        losses, bytes_held = measured[:, 0].numpy(), over_parts(measured[:, 1], part_of(model.config)).numpy()
         for first in range(0, len(losses) - WINDOW + 1, WINDOW):
             last = first + WINDOW
             mean = round(float(losses[first:last].mean()), 4)

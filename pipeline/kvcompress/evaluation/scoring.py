@@ -22,6 +22,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.errors import InputError
 from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.models import input_device
+from kvcompress.parts import over_parts, part_of
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
 
@@ -35,7 +36,8 @@ class Score:
 
     nll: negative log-likelihood, nats. correct: 1 where the most likely token was the right one. kl: divergence
     KL(full cache || this), nats. Bytes are those of K and V really held, slack counted, and of what a choice of keys goes
-    by: at the end of a document, mean over the passes, and the most at any time. `seconds` is the time of all its
+    by: at the end of a document, mean over the passes, and the most at any time; of a model split among processes the sum
+    of what each of them holds. `seconds` is the time of all its
     forward passes.
     """
 
@@ -155,7 +157,9 @@ def score_contenders(
             arrays[i] = torch.from_numpy(np.stack(found))
             costs[i] = torch.tensor(spent, dtype=torch.float64)
     whole = torch.stack(ranks.in_order(arrays, len(batch))).numpy()  # [document, contender, measure, predicted token]
-    spending = torch.stack(ranks.in_order(costs, len(batch))).numpy()  # [document, contender, cost]
+    costly = torch.stack(ranks.in_order(costs, len(batch)))
+    costly[..., :3] = over_parts(costly[..., :3], part_of(model.config))
+    spending = costly.numpy()  # [document, contender, cost]
     texts = [text for text, _ in batch]
     return {
         name: Score(

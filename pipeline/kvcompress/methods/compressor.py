@@ -28,6 +28,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import CacheUseError, InputError
+from kvcompress.parts import part_of
 from kvcompress.retention import FULL, Retention
 
 Positions = Literal["original", "cache"]
@@ -53,24 +54,29 @@ class Compressor(ABC):
 
     @abstractmethod
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        """Empty layers for a model. Raises `InputError` where the method was made for another architecture."""
+        """Empty layers for a model, of the heads that are this process's (`shared.part`, nearly always all).
+
+        Raises `InputError` where the method was made for another architecture.
+        """
 
     def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:
         """An empty cache for the model with this config.
 
         `prefill="exact"`: the prompt attends in full, then every head forgets; the prompt is the first forward pass,
         or the first `prompt_length` tokens (padded columns) where it is fed in chunks. `"streaming"`: every query sees
-        its head's keys alone, and memory is bounded at any length.
+        its head's keys alone, and memory is bounded at any length. Of a model split among processes (`kvcompress.parts`)
+        it is for this process's heads.
         """
-        shared = Shared(prefill, prompt_length, self._rotation(config), choosing=self._choosing(config))
+        shared = self._shared(config, prefill, prompt_length)
         return self._cache(ModelShape.of_config(config), shared)
 
     def compress(self, past_key_values: Cache, attention_mask: Tensor | None = None, config: Any = None) -> RaggedCache:
         """A `DynamicCache` -> the compressed cache with what this method keeps of it; idempotent.
 
         A cache that this method made already forgets by itself at every pass and comes back as it is. A left-padded
-        batch needs its `attention_mask` over the tokens seen, `positions="cache"` the model's `config`. Raises
-        `CacheUseError` for any other kind of cache, `InputError` for one of another architecture.
+        batch needs its `attention_mask` over the tokens seen; `positions="cache"` and a model split among processes need
+        the model's `config`. Raises `CacheUseError` for any other kind of cache, `InputError` for one of another
+        architecture.
         """
         if isinstance(past_key_values, RaggedCache):
             if past_key_values.maker is not self:
@@ -78,8 +84,8 @@ class Compressor(ABC):
             return past_key_values
         if config is None and self.positions == "cache":
             raise InputError('positions="cache" has to know the rotary embedding: pass config=model.config to compress')
-        shape = ModelShape.of_cache(past_key_values)
-        shared = Shared("exact", None, self._rotation(config), choosing=self._choosing(config))
+        shared = self._shared(config)
+        shape = ModelShape.of_cache(past_key_values, shared.part.count)
         cache = self._cache(shape, shared)
         return convert(past_key_values, cache, attention_mask)
 
@@ -89,8 +95,7 @@ class Compressor(ABC):
 
         Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
         """
-        shared = Shared(rotation=self._rotation(model.config), choosing=self._choosing(model.config))
-        self._cache(ModelShape.of_config(model.config), shared)
+        self._cache(ModelShape.of_config(model.config), self._shared(model.config))
         with attention.attached(model):
             yield model
 
@@ -99,6 +104,10 @@ class Compressor(ABC):
             if not 0 <= layer < shape.layers:
                 raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {shape.layers - 1}")
         return RaggedCache(self.layers(shape, shared), shared, maker=self)
+
+    def _shared(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> Shared:
+        rotation, choosing = self._rotation(config), self._choosing(config)
+        return Shared(prefill, prompt_length, rotation, choosing=choosing, part=part_of(config))
 
     def _rotation(self, config: Any) -> Rotation | None:
         return Rotation.of(config) if self.positions == "cache" else None
@@ -109,9 +118,10 @@ class Compressor(ABC):
 
     def _require_own(self, cache: RaggedCache) -> None:
         """Raise unless `cache` keeps what this method would keep."""
-        layers = cache.compressed_layers
-        shape = ModelShape(len(layers), layers[0].heads, None, tuple(layer.limit for layer in layers))
-        wanted = self._cache(shape, Shared(choosing=self._choosing(None))).compressed_layers
+        layers, part = cache.compressed_layers, cache.shared.part
+        limits = tuple(layer.limit for layer in layers)
+        shape = ModelShape(len(layers), layers[0].heads * part.count, None, limits)
+        wanted = self._cache(shape, Shared(choosing=self._choosing(None), part=part)).compressed_layers
         renumbered = cache.shared.rotation is not None
         same = all(layer.keeps_like(other) for layer, other in zip(layers, wanted, strict=True))
         if not same or renumbered != (self.positions == "cache"):
@@ -136,7 +146,8 @@ class PlanCompressor(Compressor):
         return [[FULL] * shape.kv_heads if i in self.skip_layers else list(layer) for i, layer in enumerate(kept)]
 
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        rows = zip(self.retention(shape), shape.limits, strict=True)
+        own = shared.part.own(shape.kv_heads)
+        rows = zip((kept[own] for kept in self.retention(shape)), shape.limits, strict=True)
         return [
             ChoosingLayer(kept, shared, limit)
             if any(head.chosen for head in kept)

@@ -4,7 +4,7 @@ A layer that holds more than `fix_kv_size` tokens after a forward pass keeps jus
 `int(fix_kv_size * keep_ratio)` always, the rest among the older ones by key norm (smallest, largest) or at random.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.errors import InputError
+from kvcompress.cache.shape import ModelShape
+from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.methods.compressor import require_count, require_share
 from kvcompress.methods.selecting import SelectingCompressor
 
@@ -51,7 +53,10 @@ class FixedBudget:
 
 
 class FixSizeL2Compressor(SelectingCompressor):
-    """`fix_size_l2` behind the common interface. Raises `InputError` for an unknown strategy or a bad size."""
+    """`fix_size_l2` behind the common interface. Raises `InputError` for an unknown strategy or a bad size.
+
+    The strategy "random" does not serve a model split among processes: `UnsupportedModelError`.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,14 @@ class FixSizeL2Compressor(SelectingCompressor):
         budget = require_count("fix_kv_size", fix_kv_size, 1)
         recent = int(budget * require_share("keep_ratio", keep_ratio))
         super().__init__(FixedBudget(budget, recent, strategy, seed), skip_layers)
+        self.strategy = strategy
+
+    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
+        if self.strategy == "random" and shared.part.count > 1:
+            raise UnsupportedModelError(
+                "fix_size_l2 draws at random for all heads, of which a split model has but a part"
+            )
+        return super().layers(shape, shared)
 
 
 def fix_size_l2(

@@ -21,10 +21,11 @@ class SelectingCompressor(Compressor):
         self.choose = choose
 
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
+        heads = shape.kv_heads // shared.part.count
         return [
-            RaggedLayer([FULL] * shape.kv_heads, shared, limit)
+            RaggedLayer([FULL] * heads, shared, limit)
             if index in self.skip_layers
-            else SelectingLayer(shape.kv_heads, shared, self.choose, limit)
+            else SelectingLayer(heads, shared, self.choose, limit)
             for index, limit in enumerate(shape.limits)
         ]
 

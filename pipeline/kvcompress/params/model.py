@@ -42,6 +42,7 @@ class ModelParams(SectionParams):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Name = "auto"  # auto, cpu, cuda, cuda:1 ...
     device_map: Name | None = None  # accelerate's placement for models larger than one device: auto, balanced ...
+    tp_plan: Literal["auto"] | None = None  # transformers' own tensor parallelism, over all processes of the run
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
