@@ -54,7 +54,14 @@ CONFIGS = {
     "gpt_neox": lambda: GPTNeoXConfig(**(COMMON | {"hidden_size": 64, "num_attention_heads": 4})),
 }
 PRICED = SensitivityParams(
-    max_tokens=128, windows=[16, 48], joint_windows=[16], fact_contexts=1, facts_per_context=2, far=16, nodes=2
+    max_tokens=160,
+    choice_sizes=[128],
+    windows=[16, 48],
+    joint_windows=[16],
+    fact_contexts=1,
+    facts_per_context=2,
+    far=16,
+    nodes=2,
 )
 WINDOWS = RetentionPlan(
     ((Retention(2, 30), FULL, PRUNED, Retention(0, 7)), (FULL, FULL, Retention(2, 30), Retention(4, 12))), 8
@@ -150,7 +157,7 @@ def measured(model: PreTrainedModel) -> dict[str, Tensor]:
     sums = collect_attention(model, documents, 64, progress=False)
     found = {f"attention.{name}": tensor for name, tensor in sums.tensors.items()}
     prices = measure_sensitivity(model, tokenizer, {"a": prose(60, 1)}, PRICED, progress=False)
-    for name in ("fisher", "joint", "retrieval"):
+    for name in ("fisher", "joint", "retrieval", "chosen", "lost"):
         found[f"prices.{name}"] = torch.from_numpy(getattr(prices, name))
     found |= cached(model)
     scores = score_contenders(model, {"a": documents[:1]}, compressors(), 32, 16, progress=False)
