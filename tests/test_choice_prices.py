@@ -67,6 +67,17 @@ def test_changes_are_those_of_a_mask(start: int, stop: int) -> None:
                 torch.testing.assert_close(found[2 + i, head, :, at - start], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["expected_attention", "leverage", "key_diff", "snapkv"])
+def test_a_choice_knows_nothing_of_what_comes_after_it(score: str) -> None:
+    text, rotation = tensors(), Rotation(8, 1000.0)
+    choice = Choice(score, 0.3, 100)
+    (whole,) = chosen_at([0, 128, 192], [choice], *text, SINKS, 0.3, rotation)
+    (cut,) = chosen_at([128], [choice], *(tensor[:, :128] for tensor in text), SINKS, 0.3, rotation)
+    assert not whole.there[:, 0].any()
+    assert whole.slots[:, 1].tolist() == cut.slots[:, 0].tolist()
+    assert whole.slots[:, 1].tolist() != whole.slots[:, 2].tolist()
+
+
 @pytest.mark.parametrize(("score", "same"), [("expected_attention", 1.0), ("key_diff", 1.0), ("leverage", 0.9)])
 def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: float) -> None:
     """Leverage is a comparison with all others: there keys of the window, which the cache leaves out, change a few."""

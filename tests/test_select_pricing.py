@@ -10,6 +10,7 @@ from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import NEVER, ChoosingPricing
 from kvcompress.planning.policies import Planner
+from kvcompress.planning.pricing import numbers
 from kvcompress.planning.shapes import flat
 from kvcompress.retention import FULL, Retention, require_possible
 from tests.test_policies import CONTEXT, KV_HEADS, LAYERS, WINDOWS, sensitivity
@@ -51,7 +52,7 @@ def test_success_is_what_its_formula_says(pricing: ChoosingPricing) -> None:
         for head, slots in enumerate(held):
             if not ways[head]:
                 gone += carried[fact, head] if slots < distance else 0.0
-            elif slots - 4 - round(0.5 * (slots - 4)) < distance and slots < CONTEXT:
+            else:
                 of = lost[fact, :2, head] if ways[head] == 1 else lost[fact, 2:, head]
                 grid = np.interp(pricing.sizes, [132, 516, CONTEXT], [*of, 0.0])
                 gone += np.interp(slots, pricing.sizes, grid)
@@ -83,11 +84,11 @@ def test_facts_move_heads_to_the_score_that_keeps_them(pricing: ChoosingPricing)
 
 
 def test_a_plan_uses_every_head_in_the_way_it_is_priced(planner: Planner) -> None:
-    budget = Budget.parse(0.25)
-    plan = planner.plan("select", budget)
-    queries = evidence_slots(plan)
+    cheap, budget = Choosing(observe=2), Budget.parse(0.25)
+    plan = replace(planner, choosing=cheap).plan("select", budget)
+    queries = evidence_slots(plan, cheap)
     asking = sum(any(kept.score == "expected_attention" for kept in layer) for layer in plan.layers)
-    assert queries == asking * 2 * KV_HEADS * Choosing().observe // 2 > 0
+    assert queries == asking * 2 * KV_HEADS * 2 // 2 > 0
     held = plan.held(CONTEXT)
     assert 0.995 * planner.slots(budget) <= held + queries <= planner.slots(budget)
     kinds = {kept.score for kept in flat(plan) if kept != FULL}
@@ -96,6 +97,36 @@ def test_a_plan_uses_every_head_in_the_way_it_is_priced(planner: Planner) -> Non
         if kept.score:
             assert kept.chosen == round(0.5 * (kept.chosen + kept.window))
     require_possible(plan.layers)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 0.5])
+def test_by_its_own_measure_it_is_never_worse_than_windows(planner: Planner, share: float, balance: float) -> None:
+    """Queries cost slots, so that in a tiny model choosing may not pay."""
+    planner, budget = replace(planner, balance=balance), Budget.parse(share)
+    priced, select = planner.best(budget), planner.plan("select", budget).made_from
+    mine = select["expected_divergence"] - balance * select["expected_success"]
+    assert mine <= priced.text - balance * priced.success + 1e-4
+
+
+def test_a_choice_that_saves_no_fact_is_no_better_than_the_window_it_leaves() -> None:
+    measured = sensitivity()
+    nothing = replace(measured, lost=np.repeat(measured.retrieval[:, None], len(measured.choices), 1))
+    pricing = ChoosingPricing(nothing, CONTEXT)
+    heads = pricing.heads
+    chosen = pricing.success(np.full(heads, 516), np.ones(heads, dtype=int))
+    assert chosen <= pricing.success(np.full(heads, 260), np.zeros(heads, dtype=int))
+    few, many = (pricing.costs[1][1][size] for size in (2, 3))
+    assert (few > pricing.costs[0][1][2]).all()
+    assert (many <= few + 1e-12).all()
+
+
+def test_as_many_full_heads_are_tried_as_the_model_has() -> None:
+    assert numbers(5) == [0, 1, 2, 3, 4, 5]
+    many = numbers(400)
+    assert many[:33] == list(range(33))
+    assert max(many) > 390
+    assert max(np.diff(many)) <= 25
 
 
 def test_scores_without_queries_take_nothing_from_the_budget(planner: Planner) -> None:

@@ -1,6 +1,7 @@
 """Sensitivity of heads: additive over documents, saved without loss, priced by a rule that can be checked by hand."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED, calibration_facts
+from kvcompress.analysis.choice_changes import Choice
+from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
+from kvcompress.analysis.text_price import text_prices
 from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.cache.rotation import Rotation
+from kvcompress.corpora import documents_of_all
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.facts import FILLER, TEMPLATES, WORDS, CaseMaker
 from kvcompress.params.sensitivity import SensitivityParams
@@ -41,6 +47,35 @@ def test_documents_add_up(name: str, kv_heads: int) -> None:
     assert sums.retrieval.shape == (8, 2, kv_heads)
     assert both.fisher[0].min() > both.fisher[-1].min() >= 0
     assert np.abs(both.retrieval).max() > 0
+
+
+def test_every_choice_has_its_own_prices() -> None:
+    params = PARAMS.model_copy(update={"choice_sizes": [128, 160, 200], "choice_parts": [0.5, 0.3]})
+    found, model, tokenizer = measured("llama", params=params), tiny_model("llama"), tiny_tokenizer()
+    scores = ("expected_attention", "key_diff", "leverage")
+    assert found.choices == [
+        Choice(score, part, size) for score in scores for part in (0.5, 0.3) for size in (128, 160, 200)
+    ]
+    rotation, shape = Rotation.of(model.config), (2, 2)
+    batch = [tokens for each in documents_of_all(tokenizer, TEXTS, 256, 2).values() for tokens in each]
+    questions = calibration_facts(tokenizer, TEXTS, 252, params)
+    for i in (0, 4, 11, 17):
+        text = [text_prices(model, tokens, [16], 2, shape, 0, [found.choices[i]], rotation)[1] for tokens in batch]
+        np.testing.assert_allclose(found.chosen[i], sum(text), rtol=1e-6)
+        facts = [
+            retrieval_prices(model, *one, 16, 2, shape, 2, [found.choices[i]], rotation)[:, 1] for one in questions
+        ]
+        np.testing.assert_allclose(found.lost[:, i], np.concatenate(facts), rtol=1e-5, atol=1e-9)
+
+
+def test_prices_of_choices_have_the_rate_of_their_layer_and_are_shrunk() -> None:
+    fisher = np.array([[[10.0, 30], [20, 20]], [[0, 10], [10, 10]]])
+    joint = np.array([[[5.0, 5], [10, 40]]])
+    windows = made(fisher, joint)
+    kinds = [Choice("key_diff", 0.5, 4), Choice("key_diff", 0.5, 16), Choice("key_norm", 0.5, 4)]
+    both = replace(windows, choices=kinds, chosen=np.concatenate([fisher, 2 * fisher[:1]]))
+    np.testing.assert_allclose(both.choice_prices()[:2], windows.prices())
+    np.testing.assert_allclose(both.choice_prices()[2], 2 * windows.prices()[0])
 
 
 def test_the_same_texts_give_the_same_prices() -> None:

@@ -10,6 +10,7 @@ and budgets are spent on these costs (`spending`) for many mu, each with many nu
 division with the best `text - balance * success`, the objective of `pricing`, which knows that facts need all their heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,9 +18,10 @@ import numpy as np
 
 from kvcompress.analysis.choice_changes import chosen_of
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.planning.pricing import DISTANCES, Priced, Pricing
+from kvcompress.planning.pricing import DISTANCES, Priced, Pricing, numbers
 from kvcompress.planning.spending import pieces, spend
 from kvcompress.retention import Retention
+from kvcompress.scores.table import make_score
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of facts, in units of the balance
 NEVER = 1e9  # nats: of sizes for which a way was not measured
@@ -66,50 +68,54 @@ class ChoosingPricing:
     @cached_property
     def costs(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(text, facts lost on average) of every way, `[size, head]`."""
-        found = []
-        for way in self.ways:
-            reach = self.reach(self.sizes[:, None], way)
-            found.append((way.text, way.lost.clip(0).mean(0) * (1 - reach / self.context)))
-        return found
+        windows = self.ways[0].lost.clip(0).mean(0) * (1 - self.sizes[:, None] / self.context)
+        return [(self.ways[0].text, windows)] + [(way.text, way.lost.clip(0).mean(0)) for way in self.ways[1:]]
 
-    def reach(self, slots: np.ndarray, way: Way) -> np.ndarray:
-        """How far back such a head sees everything: all of its slots, or those that are a window."""
-        if not way.part:
-            return slots
-        size = slots - self.sinks
-        return np.where(slots >= self.context, self.context, size - np.round(way.part * size))
+    def divide(self, slots: int, full: int, weight: float, allowed: Sequence[int]) -> Priced:
+        """Slots for every head, `full` heads that carry most held whole, the others used in one of the `allowed` ways.
 
-    def divide(self, slots: int, full: int, weight: float) -> Priced:
-        """Slots for every head, `full` heads that carry most held whole. Raises ValueError where it is too much."""
+        Raises ValueError where it is too much.
+        """
         whole = [int(head) for head in self.windows.by_retrieval[:full]]
-        costs = np.min([text + weight * facts for text, facts in self.costs], axis=0)
+        costs = np.min([text + weight * facts for text, facts in (self.costs[way] for way in allowed)], axis=0)
         least = min(int(self.sizes[0]), slots // self.heads)
         held = spend(pieces(self.sizes, costs), self.heads, least, self.context, slots, whole)
-        text, facts = (interpolated(self.sizes, np.stack([of[i] for of in self.costs]), held) for i in range(2))
-        ways = np.argmin(text + weight * facts, axis=0)
-        return Priced(held, full, float(text[ways, np.arange(self.heads)].sum()), self.success(held, ways), ways)
+        text, facts = (
+            interpolated(self.sizes, np.stack([self.costs[way][i] for way in allowed]), held) for i in range(2)
+        )
+        taken = np.argmin(text + weight * facts, axis=0)
+        ways = np.array(allowed)[taken]
+        return Priced(held, full, float(text[taken, np.arange(self.heads)].sum()), self.success(held, ways), ways)
 
     def success(self, held: np.ndarray, ways: np.ndarray) -> float:
-        """Expected probability that a token of an answer is still right (`pricing`)."""
+        """Expected probability that a token of an answer is still right (`pricing`).
+
+        A window loses what lies beyond it; a choice loses what was measured, wherever the fact is.
+        """
         distance = (np.arange(DISTANCES) + 0.5) / DISTANCES * self.context
         gone = np.zeros((len(self.ways[0].lost), DISTANCES))
         for i, way in enumerate(self.ways):
             of = np.flatnonzero(ways == i)
             if len(of):
                 lost = interpolated(self.sizes, way.lost[..., of], held[of])  # [fact, head]
-                gone += lost @ (self.reach(held[of], way)[:, None] < distance)
+                gone += lost.sum(1, keepdims=True) if way.part else lost @ (held[of, None] < distance)
         return float(np.exp(-gone.clip(0)).mean())
 
-    def best(self, slots: int, balance: float) -> Priced:
-        """The division that weighs best, over numbers of full heads and weights of facts."""
+    def best(self, slots: int, balance: float, allowed: Sequence[int] | None = None) -> Priced:
+        """The division that weighs best, over numbers of full heads and weights of facts; of all ways, or those allowed."""
         found = []
         for weight in WEIGHTS if balance else WEIGHTS[:1]:
-            for full in range(min(self.heads, 32) + 1):
+            for full in numbers(self.heads):
                 try:
-                    found.append(self.divide(slots, full, weight * balance))
+                    found.append(self.divide(slots, full, weight * balance, allowed or range(len(self.ways))))
                 except ValueError:  # more full heads than slots
                     break
         return min(found, key=lambda one: one.text - balance * one.success)
+
+    def menus(self) -> list[list[int]]:
+        """Ways to choose from: all, those whose scores keep no queries, windows alone."""
+        free = [i for i, way in enumerate(self.ways) if not way.part or not make_score(way.score).needs_queries]
+        return [list(menu) for menu in dict.fromkeys((tuple(range(len(self.ways))), tuple(free), (0,)))]
 
     def retention(self, kept: Retention, way: int) -> Retention:
         """What a head keeps that has these slots and uses them in this way."""

@@ -1,6 +1,6 @@
 """Policies by name: how a budget of slots becomes a retention plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -173,19 +173,24 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
     """Windows and keys that scores choose, by measured price (`kvcompress.planning.choosing`).
 
-    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.cache.choices.evidence_slots`).
+    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.cache.choices.evidence_slots`); where
+    that makes them too dear, heads choose by other scores, or not at all.
     """
+    found = [affordable(planner, budget, menu) for menu in planner.choosing_pricing.menus()]
+    best = min((one for one in found if one), key=lambda one: one.text - planner.balance * one.success)
+    return selective(planner, best, budget)
+
+
+def affordable(planner: Planner, budget: Budget, menu: Sequence[int]) -> Priced | None:
+    """The best division in these ways that leaves room for the queries it needs; None where there is too little."""
     pricing, slots, spare = planner.choosing_pricing, planner.slots(budget), 0
-    while True:  # which layers choose, and so keep queries, depends on the division
-        found = pricing.best(slots - spare, planner.balance)
-        plan = selective(planner, found, budget)
-        needed = evidence_slots(plan, planner.choosing)
+    while slots - spare >= planner.heads:  # which layers choose, and so keep queries, depends on the division
+        found = pricing.best(slots - spare, planner.balance, menu)
+        needed = evidence_slots(selective(planner, found, budget), planner.choosing)
         if needed <= spare:
-            break
-        if slots - needed < planner.heads:
-            raise InputError(f"a budget of {slots} slots has no room for keys beside queries, which take {needed}")
+            return replace(found, held=level(found.held, planner.context, spare - needed))
         spare = needed
-    return selective(planner, replace(found, held=level(found.held, planner.context, spare - needed)), budget)
+    return None
 
 
 def selective(planner: Planner, found: Priced, budget: Budget) -> RetentionPlan:

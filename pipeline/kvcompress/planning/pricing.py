@@ -68,11 +68,14 @@ class Pricing:
     def best(self, slots: int, balance: float) -> Priced:
         """The division with the number of retrieval heads that weighs best."""
         found = []
-        for count in range(self.heads + 1):
-            if count > 32 and count % (count // 16):  # steps of 3 % are fine enough
-                continue
+        for count in numbers(self.heads):
             try:
                 found.append(self.divide(slots, count))
             except ValueError:  # more full heads than slots
                 break
         return min(found, key=lambda one: one.text - balance * one.success)
+
+
+def numbers(heads: int) -> list[int]:
+    """How many full heads are tried: all numbers up to 32, then in steps of 3 %."""
+    return [count for count in range(heads + 1) if count <= 32 or not count % (count // 16)]
