@@ -46,7 +46,7 @@ def plans(results: Results, judged: Sequence[str] = ("priced", "select")) -> str
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """What a quarter of the cache costs, in two sentences: text and facts, beside the same window for all heads."""
+    """What a small cache costs, in two sentences: text and facts, beside the same window for all heads."""
     rows = {row["family"]: row for row in result["rows"]}
     mine, full = rows["select"], rows["full"]
     rival = next(row for row in result["rows"] if row["name"] == mine["rival"]["name"])
@@ -58,10 +58,11 @@ def headline(result: Mapping[str, Any]) -> str:
         for task, named in (("passkey", "passkeys in monotonous text"), ("needle", "facts in prose"))
     ]
     return (
-        f"Compressed to {settings['shares'][0]:.0%} after a prompt was read, before the question is known, the cache of "
-        f"{result['model']} predicts what follows with a perplexity {grown:.1%} above the full cache's, against "
-        f"{evenly:.1%} with the same window for all heads in as many bytes. Of facts from anywhere in "
-        f"{settings['retrieval_length']:,} tokens it gives (full cache; same window): {', '.join(facts)}."
+        f"Compressed once, after a prompt of {settings['context']:,} tokens was read, and holding {mine['mean_share']:.0%} of "
+        f"the full cache on average, it predicts the next {settings['continuation']} with a perplexity {grown:.1%} above the "
+        f"full cache's, against {evenly:.1%} with the same window for all heads ({rival['mean_share']:.0%}). Of facts from "
+        f"anywhere in {settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before the question "
+        f"is known, it gives (full cache; same window): {', '.join(facts)}."
     )
 
 
