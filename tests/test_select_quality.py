@@ -173,6 +173,12 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
         rows[2]["perplexity_gmean"] / rows[1]["perplexity_gmean"], abs=1e-4
     )
     assert set(rows[2]["retrieval"]) == {"needle"}
+    assert [set(row.get("nll_over", {})) for row in rows[:2]] == [set(), set()]
+    for row in rows[2:]:
+        assert set(row["nll_over"]) == {other["name"] for other in rows[1:]} - {row["name"]}
+        assert row["nll_over"]["uniform 25.00%"] == row["rival"]["nll_over_rival"]
+    over, back = rows[4]["nll_over"]["priced 25.00%"], rows[5]["nll_over"]["select 25.00%"]
+    assert over["mean"] == pytest.approx(-back["mean"], abs=1e-5)
     assert "| select key_norm 25.00% |" in result.output
     failed = CliRunner().invoke(app, [*where, "--score", "magic"])
     assert failed.exit_code == 1

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import ranks
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.artifacts import write_json
+from kvcompress.artifacts import read_model, write_json
 from kvcompress.cache.choices import Choosing
 from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError, said_in_a_sentence
@@ -32,7 +32,7 @@ from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
 from kvcompress.facts import TASKS, Case, Task, Use, make_cases
-from kvcompress.models import load_folder, locate_model
+from kvcompress.models import ModelRecord, load_folder, locate_model
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.model import ModelParams, source_of
 from kvcompress.planning.budget import Budget
@@ -71,8 +71,9 @@ def select_rows(
     """One row a contender: bytes over the continuation, its perplexity by text and pooled, facts found, the rival.
 
     `mean_share` is that of the mean bytes over the run, after the context and every `chunk_size` tokens after it, in the
-    full cache's. `contenders` have the full cache among them. `asked` are who has their names in the retrieval, where
-    contexts of another length make other sizes of the same share; None for the same.
+    full cache's. `nll_over` is the difference to everyone else of the same bytes, nats a token, with an interval.
+    `contenders` have the full cache among them. `asked` are who has their names in the retrieval, where contexts of
+    another length make other sizes of the same share; None for the same.
     """
     compressors, asking = (
         {name: contender.compressor for name, contender in found.items()} for found in (contenders, asked or contenders)
@@ -98,6 +99,11 @@ def select_rows(
         }
         if contender.rival:
             row["rival"] = rival_row(score, contender.rival, scores[contender.rival])
+            row["nll_over"] = {
+                other.name: rounded(paired_difference(score.nll, scores[other.name].nll))
+                for other in contenders.values()
+                if contender.rival in (other.name, other.rival) and other.name != name
+            }
         rows.append(row | {"retrieval": retrieval_rows(cases, found[name])})
     return rows
 
@@ -203,7 +209,9 @@ def main(
         if not ranks.leave():  # every process has all, one writes it
             return
     print(table(rows))
-    where = {"model": record.id, "texts": list(texts), "environment": environment(loaded)}
+    named = Path(model).parent / "model.json"  # as `prepare` leaves it beside the folder
+    name = read_model(named, ModelRecord).id if named.is_file() else record.id
+    where = {"model": name, "texts": list(texts), "environment": environment(loaded)}
     result = where | {"settings": settings, "rows": rows}
     if output is None:
         typer.echo(json.dumps(result))
