@@ -61,8 +61,8 @@ def headline(result: Mapping[str, Any]) -> str:
         f"Compressed once, after a prompt of {settings['context']:,} tokens was read, and holding {mine['mean_share']:.0%} "
         f"of the full cache on average, it predicts the next {settings['continuation']} with a perplexity {grown:.1%} "
         f"above the full cache's, against {evenly:.1%} with the same window for all heads ({rival['mean_share']:.0%}). Of "
-        f"facts from anywhere in {settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before the "
-        f"question is known, it gives (full cache; same window): {', '.join(facts)}."
+        f"facts from anywhere in {settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before "
+        f"the question is known, it gives (full cache; same window): {', '.join(facts)}."
     )
 
 
