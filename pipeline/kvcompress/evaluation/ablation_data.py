@@ -22,7 +22,7 @@ STYLE = {
     "l2_compress": ("#F0E442", "^"),
 }
 OTHER = ("#666666", ".")
-JOINED = ("uniform sink + window", "window only", "priced")  # the same method at several sizes: a line
+JOINED = ("uniform sink + window", "window only", "priced", "select")  # the same method at several sizes: a line
 
 Rows = Sequence[Mapping[str, Any]]
 

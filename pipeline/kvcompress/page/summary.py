@@ -57,11 +57,10 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def summary(plans: Rows, ablation: Rows) -> list[Html | None]:
-    """Verdicts on the policy `priced` and on the class table first, all others folded."""
-    main = [row for row in plans if row["family"] == "priced"] + [
-        row for row in ablation if row["name"] == "class table"
-    ]
+    """Verdicts on the policies `priced` and `select` and on the class table first, all others folded."""
+    main = [row for row in plans if row["family"] in ("priced", "select")]
+    main += [row for row in ablation if row["name"] == "class table"]
     names = {id(row) for row in main}
     rest = [row for row in [*plans, *ablation] if id(row) not in names and row.get("rival")]
     folded = details(f"{len(rest)} more comparisons at equal bytes", sentences(rest)) if rest else None
-    return [cards(plans), sentences(main), folded]
+    return [cards(plans), cards(plans, "select"), sentences(main), folded]
