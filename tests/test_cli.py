@@ -173,3 +173,17 @@ def test_mistakes_end_with_a_sentence(folder: Path, flags: list[str], message: s
     else:
         assert message in kvcompress(folder, *flags, fails=1)
     kvcompress(folder, "analyze", "tiny", "--no-such-flag", fails=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--policy", "best"], "--policy is 'best', expected one of uniform, class_table"),
+        (["--policy", "class_table"], "needs --classifications, a file of classes, found None"),
+        (["--policy", "class_table_scaled", "--classifications", "nowhere.json"], "found nowhere.json"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_before_the_model_is_read(flags: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "no/such/model/folder", *flags])
+    assert isinstance(result.exception, KVCompressError)
+    assert said in str(result.exception)

@@ -20,6 +20,17 @@ from kvcompress.cli.common import (
     print_json,
     read_texts,
 )
+from kvcompress.errors import InputError
+
+
+def require_possible(policy: str, classifications: Path | None) -> None:
+    """Raise `InputError` for a policy that does not exist, or has no classification file that it needs."""
+    from kvcompress.planning.policies import POLICIES
+
+    if policy not in POLICIES:
+        raise InputError(f"--policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    if policy.startswith("class_table") and (classifications is None or not classifications.is_file()):
+        raise InputError(f"--policy {policy} needs --classifications, a file of classes, found {classifications}")
 
 
 def plan(
@@ -27,7 +38,9 @@ def plan(
     budget: Annotated[list[str], typer.Option(help="25%, '512 tokens' for each KV head, or '40 MB' (repeatable).")] = [  # noqa: B006
         "25%"
     ],
-    policy: Annotated[str, typer.Option(help="priced, uniform, retrieval_heads, class_table ...")] = "priced",
+    policy: Annotated[
+        str, typer.Option(help="priced, select, retrieval_heads, uniform, class_table, class_table_scaled ...")
+    ] = "priced",
     text: Texts = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of context at which the budget is counted.")] = 2048,
     balance: Annotated[
@@ -58,6 +71,7 @@ def plan(
     from kvcompress.planning.budget import Budget
 
     amounts = [Budget.parse(one) for one in budget]
+    require_possible(policy, classifications)  # heads are priced for minutes before a plan is made
     params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
 
     from kvcompress import ranks
