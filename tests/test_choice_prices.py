@@ -1,5 +1,7 @@
 """Prices of chosen keys, against masks written out key by key, and against what the cache itself chooses."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -144,8 +146,8 @@ def test_nothing_chosen_loses_all_that_a_head_carries(monkeypatch: pytest.Monkey
     assert found[:, 2].abs().max() < 1e-6  # all of the context
     assert (found[:, 1] - found[:, 0]).abs().max() > 0.01
 
-    def none(*arguments: object) -> list[Chosen]:
-        return [Chosen(of.slots, torch.zeros_like(of.there)) for of in chosen_at(*arguments)]  # type: ignore[arg-type]
+    def none(*arguments: Any) -> list[Chosen]:
+        return [Chosen(of.slots, torch.zeros_like(of.there)) for of in chosen_at(*arguments)]
 
     monkeypatch.setattr(retrieval_price, "chosen_at", none)
     nothing = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3, choices)

@@ -39,9 +39,12 @@ def by_size(rows: Rows) -> list[Mapping[str, Any]]:
 
 def leading_cells(row: Mapping[str, Any]) -> list[str]:
     """How a table's line begins: name, bytes, perplexity, and the difference to the full cache with its interval."""
-    change = row["nll_over_full"]
-    cells = [row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}"]
-    return [*cells, f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"]
+    return [row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}", interval_cell(row["nll_over_full"])]
+
+
+def interval_cell(change: Mapping[str, float]) -> str:
+    """A difference in nats with its interval."""
+    return f"{change['mean']:+.3f} ({change['low']:+.3f} … {change['high']:+.3f})"
 
 
 def facts_cells(row: Mapping[str, Any]) -> list[str]:

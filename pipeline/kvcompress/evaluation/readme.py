@@ -36,10 +36,10 @@ def ablation(results: Results) -> str:
     return "\n".join([*lines, "", f"**{verdict(table)}**"])
 
 
-def plans(results: Results, judged: Sequence[str] = ("priced", "select")) -> str:
-    """Allocated plans against uniform caches of the same bytes, and the verdicts on the policies `judged`."""
+def plans(results: Results) -> str:
+    """Allocated plans against uniform caches of the same bytes, and the verdicts on the policies that price heads."""
     (result,) = results
-    sentences = [verdict(row) for row in result["rows"] if row["family"] in judged]
+    sentences = [verdict(row) for row in result["rows"] if row["family"] in ("priced", "select")]
     return "\n".join(
         [origin(result), "", *plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)]
     )

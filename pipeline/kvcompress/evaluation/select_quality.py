@@ -26,6 +26,7 @@ from kvcompress.cache.choices import Choosing
 from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
+from kvcompress.evaluation.ablation_data import interval_cell
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender, of_plan, select_contenders
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
@@ -118,8 +119,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["name"], f"{row['share']:.1%}", f"{row['mean_share']:.1%}", f"{row['perplexity_gmean']:.2f}"]
         cells += [f"{row['texts'][text]['perplexity']:.2f}" for text in texts]
         cells.append(f"{row['rival']['gmean_ratio']:.3f}" if "rival" in row else "")
-        found = row["nll_over_full"]
-        cells.append(f"{found['mean']:+.3f} ({found['low']:+.3f} … {found['high']:+.3f})")
+        cells.append(interval_cell(row["nll_over_full"]))
         for task in tasks:
             facts = row["retrieval"][task]
             cells.append(f"{facts['correct']} ({facts['low']:.2f} … {facts['high']:.2f})")
