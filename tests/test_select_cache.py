@@ -8,6 +8,7 @@ from kvcompress.cache import Choosing, allocated_slots, judged
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
+from kvcompress.cache.storage import Block
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.methods.compressor import UniformCompressor
@@ -244,3 +245,20 @@ def test_a_cache_filled_elsewhere_is_compressed_by_scores_that_need_no_queries(m
     assert same.compress(cache) is cache
     with pytest.raises(CacheUseError, match="already compressed by another method"):
         others.compress(cache)
+
+
+@pytest.mark.parametrize("score", ["key_diff", "leverage"])
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_no_slot_is_written_twice_by_one_exchange(model, monkeypatch, prefill, score):
+    exchanges = []
+    move = Block.move
+
+    def watched(self, source, into):
+        exchanges.append(torch.equal(into.sort(-1).values.diff(dim=-1) > 0, torch.ones_like(into[..., 1:]).bool()))
+        move(self, source, into)
+
+    monkeypatch.setattr(Block, "move", watched)
+    ids, mask = padded(3, LENGTH)
+    run(model, select_compressor(model, select_layers(model, score), CHOOSING), ids, [18, *[1] * 22], prefill, mask)
+    assert len(exchanges) > 8
+    assert all(exchanges)

@@ -1,9 +1,10 @@
 """What a head's output loses when some of its slots hold keys that a score chose, and the others a window.
 
 As with windows alone (`window_changes`) the output over fewer keys is the same softmax rescaled; to the sums over sinks
-and window those over the chosen keys are added. Keys are chosen as the cache does (`kvcompress.cache.choices`), with two
-differences: it can take back nothing that it once gave up, here every choice is between all older keys; and one ranking
-serves all sizes, so that scores which compare keys with each other see those in the window too.
+and window those over the chosen keys are added. Keys are chosen as the cache does (`kvcompress.cache.choices`), with three
+differences. It can take back nothing that it once gave up, here every choice is between all older keys. It ranks by the
+last few queries once the prompt is read, here all queries so far count. And one ranking serves all sizes, so that scores
+which compare keys with each other see those in the window too.
 """
 
 from collections.abc import Sequence

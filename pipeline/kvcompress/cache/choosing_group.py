@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvcompress.cache.choices import Choice, Choosing
 from kvcompress.cache.group import Group
@@ -19,7 +20,7 @@ from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.storage import Meter, storage_bytes
 from kvcompress.errors import CacheUseError
 from kvcompress.retention import Retention
-from kvcompress.scores.choosing import WORST, best
+from kvcompress.scores.choosing import best, first, ranking
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 
@@ -91,26 +92,32 @@ class ChoosingGroup(Group):
         seen, device = self.seen, keys.device
         columns = torch.arange(seen, device=device)
         pads, asked = evidence.padding.on(device), evidence.queries
+        places = columns[None, None] if pads is None else (columns - pads)[:, None].clamp_min(-1)  # [.., 1, column]
         in_order = pads is None and asked is not None and asked.shape[3] == seen
-        pads = columns.new_zeros(1, 1) if pads is None else pads  # [batch or 1, 1]
-        real = (columns - pads)[:, None]  # [batch or 1, 1, column]
-        held = self._held(keys, values, real.clamp_min(-1), evidence, None, in_order)
+        held = self._held(keys, values, places, evidence, None, in_order)
         scores = self.score(held)
-        # A row that has slots for all its tokens has them there already.
-        short = (seen - pads <= self.capacity)[:, None]
-        older = (real >= sinks) & (real < (seen - pads - window)[:, None])
-        index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
-        there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
-        index = torch.where(short, there, index)
+        front = columns[:sinks]
+        if pads is None:
+            index = best(scores[:, :, sinks : seen - window], chosen) + sinks
+        else:
+            # A row that has slots for all its tokens has them there already.
+            short = (seen - pads <= self.capacity)[:, None]
+            older = (places >= sinks) & (places < (seen - pads - window)[:, None])
+            index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
+            there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
+            index = torch.where(short, there, index)
+            front = (pads + front).clamp_max(seen - 1)[:, None]
         at = index[..., None]
         self.block.write(
             sinks, *(tensor.gather(2, at.expand(*at.shape[:3], tensor.shape[3])) for tensor in (keys, values))
         )
         # Which column lies in which slot, and with it its position, its score and what it received.
-        front = (pads + torch.arange(sinks, device=device)).clamp_max(seen - 1)[:, None].expand(*index.shape[:2], -1)
-        ring = self.columns(device)[sinks + chosen :].expand(*index.shape[:2], -1)
-        source = torch.cat((front, index, ring), dim=-1)
-        places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
+        shape = (*index.shape[:2], -1)
+        ring = self.columns(device)[sinks + chosen :]
+        source = torch.cat((front.expand(shape), index, ring.expand(shape)), dim=-1)
+        places = source
+        if pads is not None:
+            places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
         self._earlier = held.received.take(source) if self.score.accumulates else None
         self._settle(scores.gather(-1, source), places, evidence.padding)
 
@@ -124,38 +131,46 @@ class ChoosingGroup(Group):
         in_order: bool = False,
     ) -> Held:
         sinks, window = self.wanted[:2]
-        ends = torch.full((1, 1), self.seen, device=keys.device)
-        pads = evidence.padding.on(keys.device)
-        lengths = ends if pads is None else ends - pads
+        pads, device = evidence.padding.on(keys.device), keys.device
         queries, at = evidence.queries, None
         if queries is not None:
             if self.score.accumulates:
                 queries = queries[:, :, :, -(self.seen - self._chosen_at) :]
-            at = lengths - torch.arange(queries.shape[3], 0, -1, device=keys.device)
+            at = torch.arange(self.seen - queries.shape[3], self.seen, device=device)[None]
+            at = at if pads is None else at - pads
             queries = queries.flatten(1, 2)
-        stays = (places < sinks) | (places >= (lengths - window + self.every)[:, None])
+        until = self.seen - window + self.every
+        stays = (places < sinks) | (places >= (until if pads is None else (until - pads)[:, None]))
         return Held(
-            keys, values, places, evidence.scaling, queries, at, evidence.rotation, None, stays, earlier, in_order
+            keys,
+            values,
+            places,
+            evidence.scaling,
+            queries,
+            at,
+            evidence.rotation,
+            stays=stays,
+            earlier=earlier,
+            in_order=in_order,
         )
 
     def _settle(self, scores: Tensor, places: Tensor, padding: Padding) -> None:
         """Exchange rows so that the best lie in the slots of chosen keys; scores and places `[.., head, slot]`."""
         sinks, window, chosen, _ = self.wanted
         device, end = scores.device, sinks + chosen
-        goes = end + (torch.arange(self.seen - window, self.seen - window + self.every, device=device) - end) % window
+        goes = (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
         places = places.expand(scores.shape)
-        # In a padded row the ring may hold pads, and second copies of what lies in the slots before it.
-        empty = (self.positions(padding, device)[:, goes] < end)[:, None]
-        ranked = torch.cat((scores[..., sinks:end], scores[..., goes]), dim=-1)
-        none = torch.zeros(*empty.shape[:2], chosen, dtype=torch.bool, device=device)
-        taken = torch.zeros_like(ranked, dtype=torch.bool)
-        taken.scatter_(-1, best(ranked, chosen, torch.cat((none, empty), dim=-1)), True)
-        stay, enter = taken[..., :chosen], taken[..., chosen:]
+        ranked, none = torch.cat((scores[..., sinks:end], scores[..., goes]), dim=-1), None
+        if padding.longest:
+            # In a padded row the ring may hold pads, and second copies of what lies in the slots before it.
+            empty = (self.positions(padding, device)[:, goes] < end)[:, None]
+            none = pad(empty, (chosen, 0))
+        worst = ranking(ranked, none).flip(-1)
+        enter = torch.ones_like(ranked, dtype=torch.bool).scatter_(-1, worst[..., : self.every], False)[..., chosen:]
         # The i-th pair: of those that have to go the i-th worst, of those that enter the i-th oldest.
         pairs = min(chosen, self.every)
-        leave = ranked[..., :chosen].nan_to_num(nan=WORST, neginf=WORST).argsort(dim=-1, stable=True)
-        leave = leave.gather(-1, stay.gather(-1, leave).byte().argsort(dim=-1, stable=True))[..., :pairs] + sinks
-        come = goes[(~enter).byte().argsort(dim=-1, stable=True)[..., :pairs]]
+        leave = worst.gather(-1, first(worst < chosen, pairs)) + sinks
+        come = goes[first(enter, pairs)]
         real = torch.arange(pairs, device=device) < enter.sum(-1, keepdim=True)
         into, source = torch.cat((leave, come), dim=-1), torch.cat((come, leave), dim=-1)
         source = torch.where(torch.cat((real, real), dim=-1), source, into)
@@ -164,8 +179,8 @@ class ChoosingGroup(Group):
         moved = slots.expand(scores.shape).scatter(-1, into, source)
         if self._earlier is not None:
             self._earlier = self._earlier.take(moved)
-        # Of a padded row's slots not reached yet it is known what they will hold.
-        places = torch.where((slots < end) & (places < 0), slots, places)
+        if padding.longest:  # of a row's slots not reached yet it is known what they will hold
+            places = torch.where((slots < end) & (places < 0), slots, places)
         self._places = places.gather(-1, moved).int()
         if self.record is not None:
             now = self._places.clone()

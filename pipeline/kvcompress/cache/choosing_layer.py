@@ -131,6 +131,7 @@ class ChoosingLayer(RaggedLayer):
         self._scaling = query.shape[-1] ** -0.5 if reading.scale is None else reading.scale
         if self._in_prompt:
             return super()._attend(query, keys, values, reading)
+        self.shared.beside.join()  # a prompt may have ended within this very pass
         first = self.seen
         self._choose_due()
         if keys.shape[2] == 1:
@@ -209,16 +210,15 @@ class ChoosingLayer(RaggedLayer):
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         super()._store(keys, values)
-        for i, group in self._choosers:
-            if group.seen > group.due:  # a prompt longer than what it holds
+        due = [(i, group) for i, group in self._choosers if group.seen > group.due]  # a prompt longer than they hold
+        if not due:
+            return
+        staged = self._staged if len(self._staged) < 2 else [torch.cat(self._staged, dim=3)]
+        with self.shared.beside.work(keys, values, *staged):
+            for i, group in due:
                 index = self._index_on(i, keys.device)
-                queries = torch.cat(self._staged, dim=3)[:, index] if self._staged else None
-                evidence = Evidence(
-                    queries if group.score.needs_queries else None,
-                    self._scaling,
-                    self.shared.padding,
-                    self.shared.choosing.rotation,
-                )
+                queries = staged[0][:, index] if staged and group.score.needs_queries else None
+                evidence = Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
                 group.choose_of_prompt(keys[:, index], values[:, index], evidence)
 
 

@@ -18,4 +18,5 @@ def convert(source: Cache, into: RaggedCache, mask: Tensor | None = None) -> Rag
     for full, layer in zip(source.layers, into.compressed_layers, strict=True):
         # A sliding layer holds only the last columns; those before are out of the model's sight for good.
         layer.fill(full.keys, full.values, first=seen - full.keys.shape[2])
+    into.shared.beside.join()
     return into

@@ -140,12 +140,10 @@ class Group:
 
     def positions(self, padding: Padding, device: torch.device) -> Tensor:
         """The real position in each slot in use, `[batch or 1, slot]`; -1 where the slot holds nothing of its own."""
-        sinks, columns = self.kept.sinks, self.columns(device)
-        slots = torch.arange(len(columns), device=device)
-        pads = padding.on(device)
+        sinks, columns, pads = self.kept.sinks, self.columns(device), padding.on(device)
         if pads is None:
             return columns[None]
-        positions = columns - pads
+        slots, positions = torch.arange(len(columns), device=device), columns - pads
         if self.capacity is None:
             return torch.where(positions >= 0, positions, -1)
         ring = torch.where(positions >= sinks, positions, -1)

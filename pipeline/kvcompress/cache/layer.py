@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvcompress.cache.beside import Beside
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.fused import Fused
 from kvcompress.cache.group import Group
@@ -44,6 +45,7 @@ class Shared:
     fused: Fused = field(default_factory=Fused)
     choosing: Choosing = field(default_factory=Choosing)
     part: Part = WHOLE
+    beside: Beside = field(default_factory=Beside)
 
     def __post_init__(self) -> None:
         if self.prefill not in ("exact", "streaming"):
@@ -62,6 +64,7 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = False
+    last = False  # of its cache
 
     def __init__(self, heads: int, shared: Shared, limit: int | None = None) -> None:
         super().__init__()
@@ -142,6 +145,8 @@ class CompressedLayer(CacheLayerMixin):
         reading = Reading(self.shared.padding, scale, dropout, self.limit, self.shared.rotation)
         grouped = query.view(batch, heads, query.shape[1] // heads, new, -1)
         out = self._attend(grouped, keys, values, reading)
+        if self.last:
+            self.shared.beside.join()
         if new == 1:
             return out.reshape(batch, 1, query.shape[1], -1)
         return out.reshape(batch, query.shape[1], new, -1).transpose(1, 2)

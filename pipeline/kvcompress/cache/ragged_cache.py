@@ -23,6 +23,7 @@ class RaggedCache(Cache):
 
     def __init__(self, layers: Sequence[CompressedLayer], shared: Shared, maker: object = None) -> None:
         super().__init__(layers=list(layers))
+        self.compressed_layers[-1].last = True
         self.shared = shared
         self.maker = maker  # the compressor that made it, which need not ask again whether it did
 
@@ -54,6 +55,11 @@ class RaggedCache(Cache):
     def evidence_nbytes(self) -> int:
         """Bytes kept besides K and V by heads that choose keys: the last queries, positions, sums of attention."""
         return sum(layer.evidence_nbytes for layer in self.compressed_layers)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of all that is kept from pass to pass: K, V and evidence."""
+        return self.nbytes + self.evidence_nbytes
 
     def held(self) -> list[list[int]]:
         """Tokens held, `[layer][kv_head]` (columns, where the batch is padded)."""
@@ -136,6 +142,7 @@ class RaggedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, free the storage, and start as new."""
+        self.shared.beside.join()
         super().reset()
         self.shared.padding.set(None)
         self.shared.meter.peak = self.shared.meter.held

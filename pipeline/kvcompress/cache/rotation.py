@@ -6,6 +6,7 @@ error that grows with the text. Only the plain rotary embedding is known here (h
 `dim` of each head's dimensions, as Llama and GPT-NeoX lay it out).
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,10 +44,15 @@ class Rotation:
 
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
         """Turn `[..., query, head_dim]` by positions `by`, integers that broadcast against `[..., query]`."""
-        half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=vectors.device)
-        angles = by[..., None].float() / self.theta ** (half / self.dim)
+        angles = by[..., None].float() / wavelengths(self.dim, self.theta, vectors.device)
         cos, sin = angles.cos(), angles.sin()
         rotated, rest = vectors[..., : self.dim].float(), vectors[..., self.dim :]
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return torch.cat((turned.to(vectors.dtype), rest), dim=-1)
+
+
+@lru_cache(maxsize=32)
+def wavelengths(dim: int, theta: float, device: torch.device) -> Tensor:
+    """Positions that turn each plane by one radian, float32 `[dim / 2]`."""
+    return theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)

@@ -96,11 +96,11 @@ def score_document(
     tokens = tokens.to(reference.device)
     if context:
         model(tokens[None, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        held.append(cache.nbytes + cache.evidence_nbytes)
+        held.append(cache.held_nbytes)
     for start in range(context, len(tokens), chunk_size):
         chunk = tokens[start : start + chunk_size]
         logits = model(chunk[None], past_key_values=cache, use_cache=True).logits[0]
-        held.append(cache.nbytes + cache.evidence_nbytes)
+        held.append(cache.held_nbytes)
         target = tokens[start + 1 : start + 1 + len(chunk)]  # one fewer in the last chunk
         log_probs = torch.log_softmax(logits[: len(target)].float(), -1)
         full = reference[start - context : start - context + len(target)]

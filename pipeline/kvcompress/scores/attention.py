@@ -49,8 +49,8 @@ def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor
         visible = sees(at[:, begin : begin + step], held)
         # The last few queries of a text see almost all of it, and to look how far would wait for the device.
         end = last_true(visible) if last is None else held.positions.shape[-1]
-        visible, rows = visible[..., :end], queries[:, :, :, begin : begin + step].flatten(2, 3)
-        scores = (rows @ keys[..., :end] * held.scaling).unflatten(2, (group, -1))
+        visible, rows = visible[..., :end], queries[:, :, :, begin : begin + step]
+        scores = ((rows * held.scaling).flatten(2, 3) @ keys[..., :end]).unflatten(2, (group, -1))
         hidden = ~visible[:, :, None]
         weights = scores.masked_fill_(hidden, MASKED).softmax(-1).masked_fill_(hidden, 0)
         yield weights, visible

@@ -21,8 +21,17 @@ def best(scores: Tensor, count: int, exclude: Tensor | None = None) -> Tensor:
         free -= int(exclude.sum(-1).max())
     if not 0 <= count <= free:
         raise InputError(f"{count} keys are to be chosen, expected 0 to {free}, the number there is to choose from")
+    return ranking(scores, exclude)[..., :count].sort(dim=-1).values
+
+
+def ranking(scores: Tensor, exclude: Tensor | None = None) -> Tensor:
+    """The slots from the largest score to the smallest, int64 like `scores`; order and arguments as of `best`."""
     ranked = scores.float().nan_to_num(nan=WORST, neginf=WORST, posinf=float("inf"))
     if exclude is not None:
         ranked = ranked.masked_fill(exclude, -float("inf"))
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices  # topk promises no order among equals
-    return order[..., :count].sort(dim=-1).values
+    return ranked.sort(dim=-1, descending=True, stable=True).indices  # topk promises no order among equals
+
+
+def first(marked: Tensor, count: int) -> Tensor:
+    """Indices of the first `count` marks along the last dimension, ascending; unmarked ones where there are fewer."""
+    return (~marked).byte().sort(dim=-1, stable=True).indices[..., :count]

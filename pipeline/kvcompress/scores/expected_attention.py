@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from kvcompress.cache.rotation import Rotation
 from kvcompress.scores.held import Held
@@ -54,13 +55,15 @@ class ExpectedAttention(Score):
     def rank(self, held: Held) -> Tensor:
         assert held.rotation is not None
         mean, spread = self.future_queries(held, held.rotation)
-        keys = held.keys.float()
-        logits = torch.einsum("bhnd,bhgd->bhgn", keys, mean) * held.scaling
+        keys = held.keys.contiguous()
+        logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean) * held.scaling
         if spread is not None:
+            # In the precision of the keys; the factor goes first, or the products might be too large for it.
+            spread = (spread * (held.scaling**2 / 2)).to(keys.dtype)
             for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
-                logits[:, :, i] += ((keys @ spread[:, :, i]) * keys).sum(-1) * (held.scaling**2 / 2)
+                logits[:, :, i] += (keys @ spread[:, :, i]).mul_(keys).sum(-1, dtype=torch.float32)
         expected = logits.masked_fill(~held.candidates[:, :, None], -float("inf")).softmax(-1).mean(2) + self.epsilon
-        return expected * held.values.float().norm(dim=-1) if self.value_norm else expected
+        return expected * vector_norm(held.values, dim=-1, dtype=torch.float32) if self.value_norm else expected
 
     def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
@@ -79,8 +82,8 @@ class ExpectedAttention(Score):
         ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
         spread = None
         if self.covariance:
-            centred = (queries - mean[:, :, :, None]) * share.sqrt()
-            spread = ahead.transpose(-1, -2) @ (centred.transpose(-1, -2) @ centred) @ ahead
+            centred = ((queries - mean[:, :, :, None]) * share.sqrt()).to(held.queries.dtype)
+            spread = ahead.mT @ (centred.mT @ centred).float() @ ahead
         return (mean[..., None, :] @ ahead)[..., 0, :], spread
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score
@@ -17,9 +17,7 @@ class KeyDiff(Score):
     """
 
     def rank(self, held: Held) -> Tensor:
-        real = held.real[..., None]
-        keys = held.keys.float()
         # An empty slot may hold anything, NaN included, so it is replaced, not multiplied by 0.
-        units = normalize(keys, dim=-1).masked_fill(~real, 0)
-        anchor = units.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        units = normalize(held.keys.float(), dim=-1).masked_fill(~held.real[..., None], 0)
+        anchor = units.sum(2, keepdim=True)  # the mean but for its length
+        return -(units @ normalize(anchor, dim=-1).mT)[..., 0]

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score
@@ -13,4 +15,4 @@ class KeyNorm(Score):
     """-|k|: keys of small norm were found to get much attention. Rotation does not change it. No parameters."""
 
     def rank(self, held: Held) -> Tensor:
-        return -held.keys.float().norm(dim=-1)
+        return -vector_norm(held.keys, dim=-1, dtype=torch.float32)

@@ -6,9 +6,11 @@ the head's dimensions to fewer keeps it approximately and makes X'X smaller.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from kvcompress.errors import InputError
 from kvcompress.scores.held import Held
@@ -63,9 +65,9 @@ class Leverage(Score):
 
     def rank(self, held: Held) -> Tensor:
         attention = non_causal(held, self.chunk, held.scaling if self.scale is None else self.scale)
-        attention = attention * held.values.float().norm(dim=-1)
+        attention = attention * vector_norm(held.values, dim=-1, dtype=torch.float32)
         places = held.positions.where(held.candidates, -1)
-        attention = pool(attention, places, self.kernel // 2, "mean")
+        attention = pool(attention, places, self.kernel // 2, "mean", held.in_order)
         return self.blend * standard(self.leverage(held), held.candidates) + standard(attention, held.candidates)
 
     def leverage(self, held: Held) -> Tensor:
@@ -77,14 +79,21 @@ class Leverage(Score):
         keys = keys.masked_fill(~there, 0)
         keys = (keys - keys.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)).masked_fill(~there, 0)
         if self.sketch < keys.shape[-1]:
-            generator = torch.Generator().manual_seed(self.seed)  # of the CPU, so that every device draws the same
-            gaussian = torch.randn(keys.shape[-1], self.sketch, generator=generator) / self.sketch**0.5
-            keys = keys @ gaussian.to(keys.device)
+            keys = keys @ gaussian(keys.shape[-1], self.sketch, self.seed, keys.device)
         # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
         exact = keys.double()
-        factor = torch.linalg.cholesky(exact.mT @ exact + self.ridge * torch.eye(keys.shape[-1]).to(exact))
-        inverse = torch.linalg.solve_triangular(factor.mT, torch.eye(keys.shape[-1]).to(exact), upper=True)
+        unit = torch.eye(keys.shape[-1], dtype=exact.dtype, device=exact.device)
+        # The ridge makes it positive; to ask whether that worked would wait for the device.
+        factor = torch.linalg.cholesky_ex(exact.mT @ exact + self.ridge * unit).L
+        inverse = torch.linalg.solve_triangular(factor.mT, unit, upper=True)
         return (exact @ inverse).square().sum(-1).float()
+
+
+@lru_cache(maxsize=8)
+def gaussian(size: int, sketch: int, seed: int, device: torch.device) -> Tensor:
+    """A random projection, `[size, sketch]`."""
+    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same
+    return (torch.randn(size, sketch, generator=generator) / sketch**0.5).to(device)
 
 
 def standard(scores: Tensor, there: Tensor) -> Tensor:

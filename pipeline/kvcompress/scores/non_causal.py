@@ -73,12 +73,12 @@ def _of_a_text(held: Held, chunk: int, scale: float) -> Tensor:
 def _received(queries: Tensor, keys: Tensor, asks: Tensor, there: Tensor, scale: float) -> Tensor:
     """Mean attention of the queries that ask, `[batch or 1, query]`, on the keys that are there, times their number."""
     total = torch.zeros(keys.shape[:3], device=keys.device)
-    group, hidden = queries.shape[2], ~there[:, :, None, None]
-    asks = asks[:, None, None, :, None]
+    group, hidden = queries.shape[2], ~there
+    asking = asks[:, None, None].float() / group
     step = block_size(queries.shape[0] * queries.shape[1] * group * keys.shape[2], keys.device)
     for begin in range(0, queries.shape[3], step):
-        rows = queries[:, :, :, begin : begin + step]
-        scores = (rows.flatten(2, 3) @ keys.transpose(2, 3) * scale).unflatten(2, (group, -1))
-        weights = scores.masked_fill_(hidden, MASKED).softmax(-1)
-        total += weights.masked_fill_(~asks[:, :, :, begin : begin + step] | hidden, 0).sum(3).mean(2)
-    return total * there.sum(-1, keepdim=True) / asks.sum((1, 2, 3, 4)).clamp_min(1)[:, None, None]
+        part = slice(begin, begin + step)
+        scores = (queries[:, :, :, part] * scale).flatten(2, 3) @ keys.transpose(2, 3)
+        weights = scores.masked_fill_(hidden[:, :, None], MASKED).softmax(-1)
+        total += (asking[..., part].repeat(1, 1, 1, group) @ weights)[:, :, 0]
+    return total.masked_fill(hidden, 0) * there.sum(-1, keepdim=True) / asks.sum(-1).clamp_min(1)[:, None, None]

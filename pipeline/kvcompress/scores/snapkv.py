@@ -45,4 +45,4 @@ class SnapKV(Score):
     def rank(self, held: Held) -> Tensor:
         found = received(held, self.window)
         mean = found.total / found.queries.clamp_min(1)
-        return pool(mean, held.positions.expand(mean.shape), self.kernel // 2, self.pooling)
+        return pool(mean, held.positions.expand(mean.shape), self.kernel // 2, self.pooling, held.in_order)
