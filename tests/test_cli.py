@@ -10,12 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from kvcompress.cli.main import app
+from kvcompress.cli.plan import UNPRICED, unpriced
 from kvcompress.errors import KVCompressError
 from kvcompress.params.benchmark import BASELINES
 from kvcompress.plan import RetentionPlan
+from kvcompress.planning.budget import Budget
+from kvcompress.planning.policies import POLICIES, Planner
 from kvcompress.retention import FULL, Retention
 from tests.project import ROOT
-from tests.tiny import prose, save_tiny
+from tests.tiny import prose, save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,49 @@ def test_plan_prices_once_and_meets_every_budget(folder: Path) -> None:
     assert len(json.loads(kvcompress(folder, "show", "prices.safetensors", "--json"))["price"]) == 2
 
 
+def test_plan_keeps_the_prices_that_it_measured(folder: Path) -> None:
+    flags = ["plan", "tiny", "-t", "seen.txt", "--max-tokens", "512", "--context", "512", "--documents-per-text", "1"]
+    flags += ["--facts-per-context", "1", "--budget", "25%"]
+    said = kvcompress(folder, *flags, "-o", "kept/mine.json")
+    beside = "kept/mine-prices.safetensors"
+    assert f"--sensitivity {beside}" in " ".join(said.split())
+    again = json.loads(kvcompress(folder, *flags, "--sensitivity", beside, "-o", "kept/again.json", "--json"))
+    assert again[0]["sensitivity"] == beside
+    assert (folder / "kept/again.json").read_text() == (folder / "kept/mine.json").read_text()
+    assert {path.name for path in (folder / "kept").iterdir()} == {"mine.json", "mine-prices.safetensors", "again.json"}
+
+
+def test_prices_are_written_before_a_plan_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RetentionPlan, "save", interrupted)
+    flags = ["plan", "tiny", "-t", "seen.txt", "--max-tokens", "512", "--documents-per-text", "1"]
+    flags += ["--facts-per-context", "1", "--budget", "25%", "--budget", "50%", "-o", "cut"]
+    kvcompress(folder, *flags, fails=130)
+    assert [path.name for path in (folder / "cut").iterdir()] == ["prices.safetensors"]
+
+
+def test_a_policy_without_prices_measures_nothing(folder: Path) -> None:
+    flags = ["plan", "tiny", "--context", "512", "--budget", "25%", "--json"]
+    made = json.loads(kvcompress(folder, *flags, "--policy", "uniform", "-t", "nowhere.txt", "-o", "free/uniform.json"))
+    assert made[0]["sensitivity"] is None
+    assert {path.name for path in (folder / "free").iterdir()} == {"uniform.json"}
+    assert RetentionPlan.load(folder / "free/uniform.json").layers == ((Retention(4, 124),) * 2,) * 2
+    kvcompress(folder, "analyze", "tiny", "-t", "seen.txt", "--max-tokens", "200", "--output-dir", "sorted")
+    classes = ("--classifications", "sorted/refined_classifications.json")
+    kvcompress(folder, *flags, "--policy", "class_table_scaled", *classes, "-o", "free/scaled.json")
+    assert RetentionPlan.load(folder / "free/scaled.json").held(512) == 512
+
+
+def test_the_policies_without_prices_are_all_that_never_look_at_them(folder: Path) -> None:
+    """Every other policy fails where nothing was measured."""
+    planner = Planner(unpriced(tiny_model("llama")), "tiny", 8, 4, 512, 1.0)
+    for policy in set(POLICIES) - set(UNPRICED):
+        with pytest.raises((ValueError, IndexError)):
+            planner.plan(policy, Budget.parse("25%"))
+
+
 def test_generate_with_and_without_a_plan(folder: Path) -> None:
     flags = ["generate", "tiny", "--prompt-file", "seen.txt", "--max-new-tokens", "5", "--json"]
     (folder / "short.txt").write_text(prose(30, 1)[:300])
@@ -116,6 +162,21 @@ def test_generate_with_and_without_a_plan(folder: Path) -> None:
     assert found["cache"]["bytes"] >= RetentionPlan.load(folder / "plan.json").nbytes(seen, 8, 4)
     sampled = [kvcompress(folder, *flags[:-1], "x", "--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_warns_of_a_prompt_past_the_context(folder: Path) -> None:
+    """On standard error, with both numbers; what it prints stays JSON."""
+    flags = ["--max-new-tokens", "5", "--plan", str(folder / "plan.json"), "--json"]
+    said = {}
+    for length in (507, 508, 600):
+        result = CliRunner().invoke(app, ["generate", str(folder / "tiny"), "x" * length, *flags])
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["prompt_tokens"] == length
+        said[length] = result.stderr
+    assert "warning" not in said[507]
+    for length in (508, 600):
+        told = f"warning: the prompt has {length} tokens and up to 5 follow, but the context of tiny ends at 512"
+        assert told in said[length]
 
 
 def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
@@ -144,7 +205,7 @@ def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
     classes = ("--classifications-path", "classes/refined_classifications.json")
     shown = kvcompress(folder, *flags, "--compare-all", *classes)
     assert all(f" {name} " in shown for name in ("full", *BASELINES, "head_aware"))
-    assert "1 prompts of 160 tokens from unseen" in " ".join(shown.split())
+    assert "1 prompt of 160 tokens from unseen" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,57 @@
-"""The README's numbers are those of the committed report, and what it names exists."""
+"""The numbers of README.md and docs/ are those of the committed reports, and what these pages link exists."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from kvcompress.errors import InputError
-from kvcompress.evaluation.readme import SCALING, current
+from kvcompress.evaluation.readme import MARKED, PAGES, current
 from tests.project import ROOT
 
-README, PAGE = (ROOT / "README.md").read_text(), (ROOT / "docs/scaling.md").read_text()
+README = "README.md"
+LINKING = [README, "README.zh.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+LONGEST = 300  # lines of a README that is read to the end
 
 
-def test_the_tables_are_current() -> None:
-    assert current(README, ROOT) == README
-    assert current(PAGE, ROOT, SCALING) == PAGE
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_are_current(name: str) -> None:
+    page = (ROOT / name).read_text()
+    assert current(page, ROOT, PAGES[name]) == page
+
+
+def test_every_marked_block_is_made() -> None:
+    marked = {name for name in LINKING if MARKED.search((ROOT / name).read_text())}
+    assert marked == set(PAGES)
 
 
 def test_marks_are_needed() -> None:
-    with pytest.raises(InputError, match="once each"):
-        current("nothing", ROOT)
-    with pytest.raises(InputError, match="once each"):
-        current(README + README, ROOT)
+    page = (ROOT / README).read_text()
+    for wrong in ("nothing", page + page):
+        with pytest.raises(InputError, match="once each"):
+            current(wrong, ROOT, PAGES[README])
 
 
-def test_files_that_it_links_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert len(links) > 5
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    page = (ROOT / README).read_text()
+    assert len(page.splitlines()) <= LONGEST
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{path.name}" in page, path
+
+
+def headings(path: Path) -> set[str]:
+    """What a link after `#` may name, as GitHub makes it of titles."""
+    titles = re.findall(r"(?m)^#+ (.+)$", path.read_text())
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_files_that_it_links_exist(name: str) -> None:
+    page = ROOT / name
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("http")]
+    assert len(links) > 5 or name != README
     for link in links:
-        name, _, heading = link.partition("#")
-        assert (ROOT / (name or "README.md")).exists(), link
-        if heading:
-            titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / (name or "README.md")).read_text())
-            assert heading in {title.lower().replace(" ", "-") for title in titles}, link
-    links = re.findall(r"\]\(([^)]+)\)", PAGE)
-    assert len(links) >= 5
-    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link

@@ -12,6 +12,7 @@ import sys
 from functools import reduce
 from operator import getitem
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -23,7 +24,8 @@ from tests.project import ROOT, copy_project, run
 from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, program, unknown_flags
 from tests.stage_files import STAGES
 
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md", "docs/scaling.md")
+PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md")
+PAGES += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 COMMANDS = sorted({shlex.join(words) for text in TEXTS.values() for words in commands(text)})
 HELP = sorted(
@@ -58,7 +60,9 @@ def check_dvc(words: list[str], complete: bool) -> None:
 
     if shlex.join(words) in NAMES_OF_TOOLS:
         return
-    given = get_main_parser().parse_args(words[1:])
+    with patch.object(sys, "argv", words):  # DVC looks there, too, for -v; pytest may have been given -q and -v
+        get_main_parser.cache_clear()
+        given = get_main_parser().parse_args(words[1:])
     if words[1] == "repro" or words[1:3] == ["exp", "run"]:
         assert set(given.targets or ()) <= set(STAGES), given.targets
     values = [dial.split("=", 1) for dial in getattr(given, "set_param", None) or ()]

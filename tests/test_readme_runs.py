@@ -1,8 +1,9 @@
-"""What a README shows is run as written, wherever a tiny random model can stand for the one it names.
+"""What a README or a page of docs/ shows is run as written, wherever a tiny random model can stand for the one it names.
 
 No word of a command or a Python block is changed: the folder they run in holds a tiny model under every name that they
-use (`MODEL`, `data/model`, `EleutherAI/pythia-2.8b`), the files they read, and the names that the text above a block
-says are given. Where the real `data/model` has been made, the passkey example runs on it too and has to find the key.
+use (`MODEL`, `data/model`, `EleutherAI/pythia-2.8b`) and the files they read. The blocks of a page run one after the other,
+as a reader pastes them, and nothing is given to the first. Where the real `data/model` has been made, the passkey example
+runs on it too and has to find the key.
 """
 
 import json
@@ -13,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import kvcompress.evaluation.decode_cost as decode_cost
 from kvcompress.cli.main import app as kvcompress
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
-from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
 from stages import ablate, benchmark, collect_attention, compute_stats, prepare, reclassify
@@ -27,7 +26,9 @@ from tests.project import ROOT, copy_project
 from tests.readme_blocks import alternatives, commands, python_blocks
 from tests.tiny import prose, save_tiny
 
-README, CHINESE = (ROOT / "README.md").read_text(), (ROOT / "README.zh.md").read_text()
+PAGES = ("README.md", "README.zh.md", "docs/library.md", "docs/pipeline.md", "docs/speed.md")
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+README, CHINESE = TEXTS["README.md"], TEXTS["README.zh.md"]
 STAGES = {f"stages.{module.__name__.split('.')[-1]}": module.app for module in (
     ablate, benchmark, collect_attention, compute_stats, reclassify
 )}  # fmt: skip
@@ -71,6 +72,10 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def everywhere() -> list[list[str]]:
+    return [words for text in TEXTS.values() for words in commands(text)]
+
+
 def invoke(app: Any, words: list[str]) -> str:
     done = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "160"}).invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, (shlex.join(words), done.output)
@@ -85,7 +90,7 @@ def test_the_command_line() -> None:
 
 
 def test_stages_one_by_one(folder: Path) -> None:
-    shown = [words for words in commands(README) if words[:2] == ["python", "-m"] and words[2] in STAGES]
+    shown = [words for words in everywhere() if words[:2] == ["python", "-m"] and words[2] in STAGES]
     assert {words[2] for words in shown} == set(STAGES)
     for words in shown:
         invoke(STAGES[words[2]], words[3:])
@@ -93,34 +98,18 @@ def test_stages_one_by_one(folder: Path) -> None:
 
 
 def test_the_cost_of_a_decode_step() -> None:
-    (words,) = [words for words in commands(README) if "kvcompress.evaluation.decode_cost" in words]
+    (words,) = [words for words in everywhere() if "kvcompress.evaluation.decode_cost" in words]
     assert "DynamicCache" in invoke(decode_cost.app, words[3:])
 
 
-def given(folder: Path) -> dict[str, Any]:
-    """The names that the text and the blocks above a Python block have given the reader."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "data/model")
-    text = (folder / "book.txt").read_text()
-    return {
-        "model": AutoModelForCausalLM.from_pretrained(folder / "data/model").eval(),
-        "compressor": HeadAwareCompressor.from_plan(folder / PLANS / "priced-25.json"),
-        "tokenizer": tokenizer,
-        "text": text,
-        "texts": [text],
-        "inputs": tokenizer(text[:300], return_tensors="pt"),
-        "stream": torch.tensor([tokenizer(text).input_ids[:400]]).split(100, dim=1),
-    }
-
-
-@pytest.mark.parametrize("block", python_blocks(README) + python_blocks(CHINESE))
-def test_a_python_block(folder: Path, block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = given(folder)
-    if "make_plan" not in block:
-        (folder / "plan.json").write_bytes((folder / PLANS / "priced-25.json").read_bytes())
-    exec(compile(block, "README", "exec"), names)
-    for other in alternatives(block):
-        assert eval(other, names)
-    assert "print(" not in block or "RaggedCache" in capsys.readouterr().out
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(TEXTS[page])])
+def test_the_python_blocks_of_a_page(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in python_blocks(TEXTS[page]):
+        exec(compile(block, page, "exec"), names)
+        for other in alternatives(block):
+            assert eval(other, names)
+        assert "print(" not in block or "RaggedCache" in capsys.readouterr().out
 
 
 def made_here() -> str | None:

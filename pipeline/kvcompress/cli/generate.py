@@ -66,7 +66,7 @@ def generate(
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
         raise InputError("there is no prompt: give PROMPT, --prompt-file or standard input")
-    loaded, tokenizer, _ = open_model(params)
+    loaded, tokenizer, record = open_model(params)
     compressor = (
         HeadAwareCompressor.from_plan(plan) if plan else HeadAwareCompressor.from_model_config(loaded.config, "full")
     )
@@ -78,6 +78,11 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json or ranks.rank() else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     length, start = inputs.input_ids.shape[1], time.perf_counter()
+    if length + max_new_tokens > record.max_context and not ranks.rank():
+        sys.stderr.write(
+            f"warning: the prompt has {length} tokens and up to {max_new_tokens} follow, but the context of {record.id} ends "
+            f"at {record.max_context}; beyond it answers are seldom of use\n"
+        )
     with compressor.attached(loaded):
         cache = compressor.new_cache(loaded.config, cast(Literal["exact", "streaming"], prefill))
         ids = loaded.generate(

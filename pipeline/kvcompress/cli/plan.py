@@ -1,7 +1,7 @@
-"""`kvcompress plan MODEL --budget 25%`: price the heads and spend a budget on them."""
+"""`kvcompress plan MODEL --budget 25%`: price the heads, keep the prices, and spend a budget on them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,13 @@ from kvcompress.cli.common import (
 )
 from kvcompress.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvcompress.analysis.sensitivity import Sensitivity
+
+UNPRICED = ("uniform", "class_table", "class_table_scaled")  # policies that ask for no prices
+
 
 def require_possible(policy: str, classifications: Path | None) -> None:
     """Raise `InputError` for a policy that does not exist, or has no classification file that it needs."""
@@ -31,6 +38,25 @@ def require_possible(policy: str, classifications: Path | None) -> None:
         raise InputError(f"--policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if policy.startswith("class_table") and (classifications is None or not classifications.is_file()):
         raise InputError(f"--policy {policy} needs --classifications, a file of classes, found {classifications}")
+
+
+def prices_beside(output: Path, plans: int) -> Path:
+    """Where prices go that nobody gave a place: beside the plan, or into the folder of several."""
+    return output.with_name(f"{output.stem}-prices.safetensors") if plans == 1 else output / "prices.safetensors"
+
+
+def unpriced(model: "PreTrainedModel") -> "Sensitivity":
+    """What a plan by no prices has to know: the model's heads."""
+    import numpy as np
+
+    from kvcompress.analysis.sensitivity import Sensitivity
+    from kvcompress.models import model_shape
+    from kvcompress.params.sensitivity import SensitivityParams
+
+    shape = model_shape(model.config)
+    nothing = np.zeros((0, shape.num_layers, shape.num_key_value_heads))
+    origin = {"num_attention_heads": shape.num_attention_heads}
+    return Sensitivity([], SensitivityParams().sinks, 0, 0, 0, nothing, nothing, nothing, origin, [], nothing, nothing)
 
 
 def plan(
@@ -47,7 +73,11 @@ def plan(
         float | None, typer.Option(min=0, help="Nats a token that far questions are worth [default: the library's].")
     ] = None,
     sensitivity: Annotated[
-        Path | None, typer.Option(help="Prices of the heads: read where the file exists, else measured and written.")
+        Path | None,
+        typer.Option(
+            help="Prices of the heads: read where the file exists, else measured and written to it "
+            "[default: measured, and written beside the plan]."
+        ),
     ] = None,
     classifications: Annotated[Path | None, typer.Option(help="Classes, for the class table's policies.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file; a folder for several.")] = Path(
@@ -66,7 +96,13 @@ def plan(
 ) -> None:
     """Make a retention plan: what every KV head may keep.
 
+    Heads are priced first, for minutes; the prices are written before the plan is made, here to plan-prices.safetensors.
+    The policies uniform, class_table and class_table_scaled need no prices.
+
     Example: `kvcompress plan HuggingFaceTB/SmolLM2-135M --budget 25% --text book.txt -o plan.json`
+
+    Another plan from the same prices, at once:
+    `kvcompress plan HuggingFaceTB/SmolLM2-135M --budget 10% --sensitivity plan-prices.safetensors -o small.json`
     """
     from kvcompress.planning.budget import Budget
 
@@ -85,6 +121,8 @@ def plan(
     if sensitivity and sensitivity.is_file():
         found = Sensitivity.load(sensitivity)
         found.require_model(record.id, record.revision, sensitivity)
+    elif policy in UNPRICED and not sensitivity:
+        found = unpriced(loaded)
     else:
         settings = override(
             SensitivityParams(),
@@ -96,15 +134,19 @@ def plan(
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
     if not ranks.leave():  # every process has the prices, one goes on
         return
-    if sensitivity and not sensitivity.is_file():
-        found.save(sensitivity)
+    prices = sensitivity or (None if policy in UNPRICED else prices_beside(output, len(amounts)))
+    if prices and not (sensitivity and sensitivity.is_file()):
+        found.save(prices)
+        if not as_json:
+            print(f"prices are in {prices}; with --sensitivity {prices} the next plan needs no measuring", flush=True)
     written = []
     for amount in amounts:
         made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found)
         place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
         made.save(place)
         size = made.nbytes(context, record.head_dim, loaded.dtype.itemsize)
-        written.append({"file": str(place), "share": made.share(context), "bytes": size, **made.made_from})
+        told = {"file": str(place), "sensitivity": prices and str(prices), "share": made.share(context), "bytes": size}
+        written.append(told | made.made_from)
         if not as_json:
             plan_map(made, context)
             print(f"{place}: {made.share(context):.2%} of the full cache, {size / 1e6:.2f} MB at {context} tokens")

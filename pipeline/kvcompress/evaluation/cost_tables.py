@@ -1,4 +1,4 @@
-"""The README's tables of what a GPU was measured to take, made from the reports of `kernel_cost`, `step_cost` and
+"""The tables of docs/speed.md, what a GPU was measured to take, made from the reports of `kernel_cost`, `step_cost` and
 `prefill_cost`."""
 
 from collections.abc import Mapping, Sequence

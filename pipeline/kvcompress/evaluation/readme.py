@@ -1,9 +1,9 @@
-"""The tables of results in README.md and docs/scaling.md, made from reports: no number there is typed in by hand.
+"""The tables of results in README.md and docs/, made from reports: no number there is typed in by hand.
 
 Run: python -m kvcompress.evaluation.readme
 
-Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in README.md stands what the report REPORT says;
-the same for `plans` and the tables of `cost_tables` and `scaling_tables`. A test checks that all are current.
+Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in docs/results.md stands what the report REPORT
+says; `PAGES` has all blocks of all pages. A test checks that they are current.
 """
 
 import re
@@ -18,6 +18,7 @@ from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 from kvcompress.evaluation.cost_tables import batch, choosing, kernel, prefill, steps
+from kvcompress.evaluation.cost_tables import table as table_of
 from kvcompress.evaluation.scaling_tables import long, scaling
 from kvcompress.evaluation.select_quality import table as select_table
 
@@ -46,32 +47,48 @@ def plans(results: Results) -> str:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """What a small cache costs, in two sentences: text and facts, beside the same window for all heads."""
-    rows = {row["family"]: row for row in result["rows"]}
-    mine, full = rows["select"], rows["full"]
-    rival = next(row for row in result["rows"] if row["name"] == mine["rival"]["name"])
-    grown, evenly = (one["perplexity_gmean"] / full["perplexity_gmean"] - 1 for one in (mine, rival))
+    """At one share of the cache, on text and facts: the full cache, one window for all heads, plans from prices."""
     settings = result["settings"]
-    facts = [
-        f"{mine['retrieval'][task]['correct']} of {mine['retrieval'][task]['total']} {named} "
-        f"({full['retrieval'][task]['correct']}; {rival['retrieval'][task]['correct']})"
-        for task, named in (("passkey", "passkeys in monotonous text"), ("needle", "facts in prose"))
+    rows = {row["family"]: row for row in result["rows"]}
+    full, mine = rows["full"], rows["select"]
+    uniform = next(row for row in result["rows"] if row["name"] == mine["rival"]["name"])
+    shown = {"full": full, "uniform": uniform, "priced": rows["priced"], "select": mine}
+    tasks = {"passkey": "passkeys", "needle": "facts in prose"}
+    lines = [
+        (
+            f"`{name}`" if row is not full else "full cache",
+            f"{row['perplexity_gmean']:.2f}",
+            "" if row is full else f"{row['perplexity_gmean'] / full['perplexity_gmean'] - 1:+.1%}",
+            *(str(row["retrieval"][task]["correct"]) for task in tasks),
+            f"{row['mean_share']:.0%}",
+        )
+        for name, row in shown.items()
     ]
+    found = (f"{named} of {mine['retrieval'][task]['total']}" for task, named in tasks.items())
+    head = ("cache", "perplexity", "against full", *found, "bytes, mean over the text")
+    half = settings["continuation"] // 2
+    more = f", and {half} tokens more, as one that grows with the text does on average" if settings["growing"] else ""
+    seconds = ", ".join(f"{name} {row['seconds']:.0f} s" for name, row in shown.items())
     return (
-        f"Compressed once, after a prompt of {settings['context']:,} tokens was read, and holding {mine['mean_share']:.0%} "
-        f"of the full cache on average, it predicts the next {settings['continuation']} with a perplexity {grown:.1%} "
-        f"above the full cache's, against {evenly:.1%} with the same window for all heads ({rival['mean_share']:.0%}). Of "
-        f"facts from anywhere in {settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before "
-        f"the question is known, it gives (full cache; same window): {', '.join(facts)}."
+        f"{table_of(head, lines)}\n\n"
+        f"On text, a prompt of {settings['context']:,} tokens is read and compressed once; perplexity is that of the next "
+        f"{settings['continuation']}. Caches hold {settings['shares'][0]:.0%} of the prompt{more}. Passkeys (a number "
+        "in monotonous text) and facts hide anywhere in "
+        f"{settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before the question is known. "
+        f"Time for the text in this run ({_where(result)}): {seconds}."
     )
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    return f"{result['environment']['device']}, {result['environment']['dtype']}"
 
 
 def selection(result: Mapping[str, Any]) -> str:
     """Heads that select keys by content, after an exact prefill."""
-    settings, where = result["settings"], result["environment"]
+    settings = result["settings"]
     more = ", and half of the continuation more, as a cache that grows holds on average" if settings["growing"] else ""
     return (
-        f"{where['device']}, {where['dtype']}, torch {where['torch']}. {settings['documents_per_text']} documents of each "
+        f"{_where(result)}, torch {result['environment']['torch']}. {settings['documents_per_text']} documents of each "
         f"evaluation text: exact prefill of {settings['context']} tokens, perplexity of the next "
         f"{settings['continuation']}; facts in contexts of {settings['retrieval_length']} tokens. Caches hold their share "
         f"of the context{more}.\n\n{select_table(result['rows'])}"
@@ -84,24 +101,24 @@ def windows_alone(results: Results) -> str:
     return plans([{**result, "rows": [row for row in result["rows"] if row["family"] != "select"]}])
 
 
-BLOCKS: dict[str, Callable[[Any], str]] = {
-    "ablation": ablation,
-    "headline": headline,
-    "plans": plans,
-    "plans_gpu": windows_alone,
-    "selection_more": selection,
-    "selection": selection,
-    "selection_less": selection,
-    "choosing": choosing,
-    "kernel": kernel,
-    "steps": steps,
-    "batch": batch,
-    "prefill": prefill,
+Blocks = Mapping[str, Callable[[Any], str]]
+PAGES: dict[str, Blocks] = {
+    "README.md": {"headline": headline},
+    "docs/results.md": {
+        "plans_gpu": windows_alone,
+        "plans": plans,
+        "selection_more": selection,
+        "selection": selection,
+        "selection_less": selection,
+        "streaming": plans,
+        "ablation": ablation,
+    },
+    "docs/speed.md": {"kernel": kernel, "steps": steps, "batch": batch, "prefill": prefill, "choosing": choosing},
+    "docs/scaling.md": {"scaling": scaling, "long": long},
 }
-SCALING: dict[str, Callable[[Any], str]] = {"scaling": scaling, "long": long}
 
 
-def current(page: str, folder: Path, blocks: Mapping[str, Callable[[Any], str]] = BLOCKS) -> str:
+def current(page: str, folder: Path, blocks: Blocks) -> str:
     """The page with every marked block made anew from its report; `folder` is what the reports' paths start from.
 
     Raises `InputError` where a block has no marks, or not once.
@@ -112,11 +129,10 @@ def current(page: str, folder: Path, blocks: Mapping[str, Callable[[Any], str]] 
     return MARKED.sub(lambda one: f"{one[1]}\n\n{blocks[one[2]](read_json(folder / one[3]))}\n\n{one[4]}", page)
 
 
-def main(readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = Path("README.md")) -> None:
-    """Rewrite the results in the README, and in docs/scaling.md beside it, from the reports that they name."""
-    write_text(readme, current(read_text(readme), readme.parent))
-    page = readme.parent / "docs/scaling.md"
-    write_text(page, current(read_text(page), readme.parent, SCALING))
+def main(folder: Annotated[Path, typer.Option(help="The project's folder.")] = Path(".")) -> None:
+    """Rewrite the results in README.md and docs/ from the reports that they name."""
+    for name, blocks in PAGES.items():
+        write_text(folder / name, current(read_text(folder / name), folder, blocks))
 
 
 if __name__ == "__main__":

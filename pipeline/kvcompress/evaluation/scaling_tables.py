@@ -31,7 +31,7 @@ def scaling(report: Report) -> str:
 def long(report: Report) -> str:
     """Memory against the length of a document."""
     rows = [
-        (f"{row['tokens']:,}", f"{row['cache_mb']:.1f}", f"{row['beside_cache_mb']:.1f}", f"{row['seconds']:.0f}")
+        (f"{row['tokens']:,}", f"{row['cache_mb']:.1f}", f"{row['beside_cache_mb']:.1f}", f"{row['seconds']:.1f}")
         for row in report["rows"]
     ]
     made = (
