@@ -10,6 +10,7 @@ from kvcompress.params.analysis import StatisticsParams, ThresholdParams, Window
 from kvcompress.params.base import SECTIONS, load_section
 from kvcompress.params.collect import CollectParams
 from kvcompress.params.corpus import CorpusParams
+from kvcompress.params.machine import MachineParams
 from kvcompress.params.model import ModelParams
 from kvcompress.params.plots import PlotParams
 from tests.param_sections import CLASSES
@@ -72,6 +73,13 @@ def test_missing_section_and_file(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(InputError, match="holds no sections"):
         load_section(ThresholdParams, path)
+
+
+def test_a_file_without_the_machine_is_for_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("plots:\n  dpi: 100\n")
+    assert load_section(MachineParams, path).count == 1
+    assert [name for name, section in CLASSES.items() if section.optional] == ["machine"]
 
 
 def test_flags_override_and_are_checked() -> None:

@@ -4,7 +4,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -77,7 +79,9 @@ def checked(line: str) -> None:
         assert given.module
     else:
         assert words[0] == "dvc", line
-        get_main_parser().parse_args(words[1:])
+        with patch.object(sys, "argv", words):  # DVC looks there, too, for -v; pytest may have been given -q and -v
+            get_main_parser.cache_clear()
+            get_main_parser().parse_args(words[1:])
 
 
 def test_the_slurm_recipe_says_what_it_would_run() -> None:

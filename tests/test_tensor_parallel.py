@@ -1,39 +1,36 @@
 """One model in several processes gives what it gives in one: statistics, prices, caches and evaluations of all heads.
 
-The processes are started for real, on the CPU, and on two GPUs where there are as many.
+The processes are started for real, on the CPU, and on two GPUs where there are as many. What is refused before that:
+tests/test_parts.py.
 """
 
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import GPT2Config, Phi3Config
 
-from kvcompress import ranks
 from kvcompress.artifacts import read_json, read_tensors
 from kvcompress.cli.main import app
-from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.graphs import GraphedDecoder
-from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
-from kvcompress.models import load_folder
-from kvcompress.params.model import LocalModel, ModelParams
-from kvcompress.parts import Part, part_of
-from kvcompress.switching import use_attention
-from kvcompress.tensor_parallel import require_as_split, require_split, share
-from tests.parts_program import CHOSEN, CONFIGS, WINDOWS, cached, measured, opened, save_wide
+from tests.parts_program import CHOSEN, CONFIGS, REFUSED, WINDOWS, cached, measured, opened, save_wide
 from tests.project import ROOT, copy_project, run, stage_here
-from tests.tiny import tiny_model
 
-RUNS = (("collect_attention", []), ("measure_sensitivity", []), ("compare_plans", ["windows.json", "chosen.json"]))
+RUNS = (
+    ("collect_attention", []),
+    ("measure_sensitivity", []),
+    ("compare_plans", ["windows.json", "chosen.json"]),
+    ("ablate", ["--ablation", "window_size"]),
+)
 SHORT = ["--text", "inputs/unseen.txt", "--max-tokens", "256"]
 COMMANDS = {
     "analyze": [*SHORT, "--output-dir", "@analysis"],
@@ -47,10 +44,19 @@ DEVICES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes: sums in another order let a head choose another key where two scores are nearly equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("parts"))
-    for name in CONFIGS:
+    for name in CONFIGS | REFUSED:
         save_wide(name, folder / "inputs" / name)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["model"] |= {"local": {"path": "inputs/llama"}}
@@ -103,7 +109,7 @@ def command(name: str, folder: Path, *flags: str) -> list[str]:
 
 
 def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], device: str) -> None:
-    exact, rough = (1e-6, 1e-5) if device == "cpu" else (1e-4, 1e-3)
+    exact, rough = (1e-6, 5e-5) if device == "cpu" else (1e-4, 1e-3)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         other = found[name].to("cpu", tensor.dtype)
@@ -113,7 +119,8 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], d
             torch.testing.assert_close(other, tensor, rtol=exact, atol=rough, msg=lambda text, name=name: name + text)
         else:
             equal = tensor.dtype == torch.long or name.startswith(("answers", "bytes")) or name.endswith(".held")
-            bounds = {"rtol": 0, "atol": 0} if equal else {"rtol": rough, "atol": rough}
+            near = 3 * rough if name.startswith("prices.") else rough  # sums of squared differences of outputs
+            bounds = {"rtol": 0, "atol": 0} if equal else {"rtol": near, "atol": near}
             torch.testing.assert_close(other, tensor, **bounds, msg=lambda text, name=name: name + text)
 
 
@@ -151,6 +158,15 @@ def test_plans_are_compared_by_the_bytes_of_all_processes(together: Path, alone:
         assert other["nbytes_peak"] <= row["nbytes_peak"] <= 1.2 * other["nbytes_peak"]
 
 
+def test_an_ablation_is_of_all_heads(together: Path, alone: Path, device: str) -> None:
+    (found,), (expected,) = (read_json(folder / "ablation.json") for folder in (together / f"together-{device}", alone))
+    assert len(found["rows"]) == len(expected["rows"]) > 3
+    for row, other in zip(found["rows"], expected["rows"], strict=True):
+        for name in ("name", "share", "nbytes_end", "nbytes_mean", "retrieval"):
+            assert row[name] == other[name], name
+        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4, abs=1e-4)
+
+
 def test_commands_say_what_one_process_says(
     project: Path, together: Path, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,90 +198,25 @@ def test_a_model_that_transformers_split_is_taken_over(project: Path, device: st
     compare(load_file(project / "adopted.safetensors"), of_one_process(project, "llama", device, cached), device)
 
 
-@pytest.mark.parametrize(
-    ("settings", "processes", "message"),
-    [
-        ({}, 1, "tp_plan is 'auto', which needs several processes"),
-        ({"device_map": "auto"}, 2, "and model.device_map is 'auto': expected one of the two"),
-        ({"device": "cpu"}, 2, "but model.device is 'cpu'"),
-        ({}, 3, "llama has 4 KV heads a layer, which 3 processes cannot share equally"),
-    ],
-)
-def test_settings_that_do_not_go_together(
-    project: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], processes: int, message: str
-) -> None:
-    joined(monkeypatch, processes)
-    params = ModelParams(source="local", local=LocalModel(path="-"), tp_plan="auto", **settings)
-    with pytest.raises(InputError, match=message):
-        load_folder(project / "inputs/llama", params)
-
-
-def test_flags_that_do_not_go_together(project: Path) -> None:
-    for flag, message in (("all", "--tp-plan is 'all', expected auto"), ("auto", "needs several processes")):
-        with pytest.raises(InputError, match=message):
-            app(["generate", str(project / "inputs/llama"), "What?", "--tp-plan", flag], standalone_mode=False)
-
-
-def joined(monkeypatch: pytest.MonkeyPatch, processes: int, one_model: bool = False) -> None:
-    if processes > 1:
-        monkeypatch.setattr(ranks, "_joined", ranks.Joined(1, processes, None, torch.device("cpu"), one_model))
-
-
-def test_a_gpu_for_every_process(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined(monkeypatch, 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    params = ModelParams(source="local", local=LocalModel(path="-"), tp_plan="auto")
-    with pytest.raises(InputError, match="needs a GPU for each of the 2 processes here, but there are 1"):
-        load_folder(project / "inputs/llama", params)
-
-
-def test_plans_that_leave_heads_whole() -> None:
-    with pytest.raises(UnsupportedModelError, match="plan to split phi3 leaves its heads whole in every process"):
-        require_split(Phi3Config(), 2)
-    with pytest.raises(UnsupportedModelError, match="plan to split gpt2 does not exist"):
-        require_split(GPT2Config(), 2)
-    require_split(CONFIGS["gpt_neox"](), 2)
-
-
-def test_a_model_that_is_not_as_it_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="the model is in 1 tensor-parallel parts, but the run has 1 processes"):
-        share(tiny_model("llama"))
-    model = tiny_model("llama")
-    require_as_split(model, 1)
-    with pytest.raises(UnsupportedModelError, match="layer 0 has 2 of its 2 KV heads in each of 2 processes"):
-        require_as_split(model, 2)
-    model.config.vocab_size = 128
-    with pytest.raises(UnsupportedModelError, match="gives 256 logits for 128 tokens"):
-        require_as_split(model, 1)
-    model.lm_head = torch.nn.Linear(31, 256)
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, as transformers splits it, does not run: mat1"):
-        require_as_split(model, 1)
-
-
-def test_processes_of_one_model_share_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    joined(monkeypatch, 2, one_model=True)
-    assert ranks.mine([3.0, 1.0, 2.0]) == [0, 1, 2]
-    assert ranks.summed({"a": torch.ones(2)})["a"].tolist() == [1, 1]
-    assert [one.item() for one in ranks.in_order({1: torch.tensor(1.0), 0: torch.tensor(0.0)}, 2)] == [0, 1]
-
-
-def test_heads_of_a_part() -> None:
-    assert [list(range(8))[Part(i, 4).own(8)] for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def test_what_a_part_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    model.config.distributed_config = SimpleNamespace(tp_size=2)
-    with pytest.raises(UnsupportedModelError, match="llama model is one of 2 tensor-parallel parts"):
-        use_attention(model, "kvcompress_observe")
-    joined(monkeypatch, 2, one_model=True)
-    assert part_of(model.config) == Part(1, 2)
-    with pytest.raises(UnsupportedModelError, match="draws at random for all heads"):
-        FixSizeL2Compressor(8, strategy="random").new_cache(model.config)
-    compressor = HeadAwareCompressor.from_model_config(model.config)
-    dense = tiny_model("llama")(torch.arange(9)[None], use_cache=True).past_key_values
-    with pytest.raises(InputError, match="only some of the model's heads: pass config=model.config"):
-        compressor.compress(dense)
-    with pytest.raises(UnsupportedModelError, match="split among processes cannot be captured"):
-        GraphedDecoder(model, compressor.new_cache(model.config), 4)
+def test_a_killed_part_ends_the_run(project: Path) -> None:
+    """`machine.processes` starts them."""
+    params = yaml.safe_load((project / "split.yaml").read_text())
+    (project / "killed.yaml").write_text(yaml.safe_dump(params | {"machine": {"processes": 2}}))
+    command = [sys.executable, "-m", "stages.collect_attention", "--params", "killed.yaml", "--output-dir", "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [*command, "--chunk-size", "1"], cwd=project, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stderr
+        seen = b""
+        while b"tok" not in seen or b"  0%" in seen[-60:]:  # the bar moves: both compute
+            more = os.read(process.stderr.fileno(), 200)
+            assert more, seen  # it ended
+            seen += more
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert "so stages.collect_attention left no result" in message
+    assert not (project / "killed/attention.safetensors").exists()

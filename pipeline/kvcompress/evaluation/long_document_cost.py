@@ -2,11 +2,10 @@
 
 Run: python -m kvcompress.evaluation.long_document_cost
 
-A tiny random model reads documents of growing length in chunks, each in a fresh process. Reported are the peak of that
-process beyond the loaded model, the cache's bytes at the end, and the difference, which is what observing takes. A cache
-that grows is copied layer by layer, so that up to twice one layer's cache exists for a moment; with a single layer, as
-here, that is twice all of it, and counted as cache. Freed memory goes back to the system at once, so that the peak is of
-what is in use.
+A tiny random model reads documents of growing length in chunks, each in a fresh process. Reported are the keys and values
+that the cache holds at the end, and what the peak of that process, beyond the loaded model, has beside them: no byte is in
+both. The copy that a cache makes of its keys, then of its values, as it grows is beside them. Freed memory goes back to the
+system at once, so that the peak is of what is in use.
 """
 
 import json
@@ -57,9 +56,9 @@ def main(
     for length in map(int, lengths.split(",")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak, seconds = pool.apply(observed, (length, chunk_size))
-        cache = 2 * 2 * HEADS * HEAD_DIM * BYTES * length  # K and V, and their copy while they grow
-        row = {"tokens": length, "seconds": round(seconds, 1), "peak_mb": round(peak / 1e6, 1)}
-        rows.append(row | {"cache_mb": round(cache / 1e6, 1), "beside_cache_mb": round(max(0, peak - cache) / 1e6, 1)})
+        cache = 2 * HEADS * HEAD_DIM * BYTES * length  # K and V
+        sizes = {"cache_mb": round(cache / 1e6, 1), "beside_cache_mb": round((peak - cache) / 1e6, 1)}
+        rows.append({"tokens": length, **sizes, "seconds": round(seconds, 1)})
     table = Table(title=f"one layer, heads: {HEADS} x {HEAD_DIM}, chunks of {chunk_size}")
     for column in rows[0]:
         table.add_column(column, justify="right")

@@ -2,7 +2,8 @@
 
     python -m kvcompress.evaluation.scaling_cost data/model
 
-Strong scaling: the same documents for every number of processes. Weak scaling: as many documents a process. Rounds take
+Strong scaling: the same documents for every number of processes. Weak scaling: one process with its share of them, which
+is as much work for each only where documents divide evenly; other numbers are refused. Rounds take
 turns between the numbers, so that a machine busy with other things is busy for all; ratios are medians of the rounds'.
 Timed is the work, from the moment all processes have met and loaded the model until all have the result; importing and
 loading are reported beside it. On a CPU every process has one thread: more processes than cores show nothing.
@@ -22,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcompress.artifacts import write_json
-from kvcompress.errors import KVCompressError, said_in_a_sentence
+from kvcompress.errors import InputError, KVCompressError, said_in_a_sentence
+from kvcompress.evaluation.scaling_run import UNIT
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Argument(help="Folder of a model in safetensors.")]
 Tokens = Annotated[int, typer.Option(min=128, help="Tokens of each document.")]
-Documents = Annotated[int, typer.Option(min=2, help="Documents in all, an even number.")]
+Documents = Annotated[int, typer.Option(help=f"Documents in all, a multiple of {UNIT} for every process.")]
 
 
 def measured(folder: Path, processes: int, documents: int, tokens: int) -> dict[str, Any]:
@@ -57,8 +59,13 @@ def main(
 ) -> None:
     """Seconds of every stage in one process and in several, and what the several save."""
     with said_in_a_sentence():
-        fewer = max(2, documents // processes // 2 * 2)
-        kinds = {"one": (1, documents), "several": (processes, documents), "share": (1, fewer)}
+        share, rest = divmod(documents, processes)
+        if rest or share < UNIT or share % UNIT:
+            raise InputError(
+                f"--documents is {documents}, expected a multiple of {UNIT * processes}: each of {processes} processes gets "
+                f"equal work with {UNIT}, {2 * UNIT}, ... documents"
+            )
+        kinds = {"one": (1, documents), "several": (processes, documents), "share": (1, share)}
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(rounds):
             for kind, (count, many) in kinds.items():
@@ -82,7 +89,7 @@ def main(
         Console().print(table)
         if output:
             about = {"model": folder.resolve().name, "cores": os.cpu_count(), "documents": documents, "tokens": tokens}
-            about |= {"processes": processes, "documents_of_a_share": fewer, "rounds": rounds}
+            about |= {"processes": processes, "documents_of_a_share": share, "rounds": rounds}
             write_json(output, {**about, "environment": runs["one"][0]["environment"], "rows": rows})
 
 

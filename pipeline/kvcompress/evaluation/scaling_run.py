@@ -24,12 +24,13 @@ from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
 
 TEXTS = 2
+UNIT = 4  # documents, of which every part of the work takes a whole number
 
 
 def acts(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str | int]]:
     """Each stage's work on `documents` documents (what they say changes no time), and where it is done.
 
-    All parts of the work grow with the documents, so that half of them are half of it.
+    All parts of the work grow with the documents, a multiple of `UNIT`, so that half of them are half of it.
     """
     params = ModelParams(source="local", local=LocalModel(path=str(folder)))
     model, tokenizer = load_folder(folder, params)
@@ -37,7 +38,7 @@ def acts(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callable[
     texts, each = {f"text {i}": words for i in range(TEXTS)}, documents // TEXTS
     batch = documents_of_all(tokenizer, texts, tokens, each)
     priced = SensitivityParams(
-        max_tokens=tokens, documents_per_text=each, joint_windows=[8 * (i + 1) for i in range(max(1, documents // 4))],
+        max_tokens=tokens, documents_per_text=each, joint_windows=[8 * (i + 1) for i in range(documents // UNIT)],
         fact_contexts=documents // 2, facts_per_context=2,
     )  # fmt: skip
     judged = AblationParams(

@@ -37,9 +37,10 @@ class Params(BaseModel):
 
 
 class SectionParams(Params):
-    """A block that is a section of `params.yaml`, called `section` there."""
+    """A block that is a section of `params.yaml`, called `section` there; an `optional` one may be left out."""
 
     section: ClassVar[str]
+    optional: ClassVar[bool] = False
 
 
 Section = TypeVar("Section", bound=SectionParams)
@@ -60,9 +61,9 @@ def load_section(section: type[Section], path: str | Path = "params.yaml", **ove
     unknown = [str(key) for key in content if key not in SECTIONS]
     if unknown:
         raise InputError(f"{path}: there is no section {unknown[0]!r}, known are {', '.join(SECTIONS)}")
-    if name not in content:
+    if name not in content and not section.optional:
         raise InputError(f"{path}: the section {name!r} is missing")
-    return override(validated(lambda: section.model_validate(content[name]), f"{path}: {name}"), **overrides)
+    return override(validated(lambda: section.model_validate(content.get(name, {})), f"{path}: {name}"), **overrides)
 
 
 def override(params: Section, **changes: Any) -> Section:

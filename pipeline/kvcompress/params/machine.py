@@ -8,9 +8,13 @@ from kvcompress.params.base import Count, SectionParams
 
 
 class MachineParams(SectionParams):
-    """`processes` share the documents of a stage that runs a model: a number, or `gpus` for one on each GPU."""
+    """`processes` share the documents of a stage that runs a model: a number, or `gpus` for one on each GPU.
+
+    The section may be left out: one process.
+    """
 
     section = "machine"
+    optional = True
 
     processes: Count | Literal["gpus"] = 1
 
