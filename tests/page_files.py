@@ -87,7 +87,15 @@ def benchmark(model: str) -> list[dict[str, Any]]:
             "bytes_mean": 2e6,
             "bytes_peak": 3e6,
         }
-        rows.append({"name": name, **speed, "to_full": {"decode_times_faster": 1.0 + i, "bytes_share": 1.0 - 0.5 * i}})
+        settings = "plan: class_table" if i else "DynamicCache, SDPA"
+        rows.append(
+            {
+                "name": name,
+                "settings": settings,
+                **speed,
+                "to_full": {"decode_times_faster": 1.0 + i, "bytes_share": 1.0 - 0.5 * i},
+            }
+        )
     step = {"batch": 1, "megabytes": 1.0, "step_ms": 10.0, "step_p10": 9.0, "step_p90": 12.0}
     growth = [{"contender": row["name"], "context": context, **step} for row in rows for context in (64, 128)]
     settings = {"num_samples": 1, "max_tokens": 64, "max_new_tokens": 8}

@@ -79,7 +79,7 @@ def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:
 
 def test_verdicts_say_who_wins_and_admit_defeat() -> None:
     assert "mine wins against uniform: perplexity 9.00 against 10.00 at 25.0%" in str(verdict(made_row(-0.2, -0.1)))
-    assert "mine LOSES to uniform" in str(verdict(made_row(0.1, 0.2)))
+    assert "mine loses to uniform" in str(verdict(made_row(0.1, 0.2)))
     assert "cannot be told apart" in str(verdict(made_row(-0.1, 0.2)))
     assert "not comparable: bytes 1.020 to 1" in str(verdict(made_row(-0.2, -0.1, 1.02)))
     assert verdict({"name": "full"}) is None

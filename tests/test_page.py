@@ -10,10 +10,14 @@ import pytest
 
 from kvcompress.artifacts import write_json
 from kvcompress.errors import InputError
+from kvcompress.evaluation.ablation_data import pareto_data
 from kvcompress.evaluation.ablation_report import report, verdict
+from kvcompress.page.chart import marker
 from kvcompress.page.markup import number, tag
+from kvcompress.page.pareto import LOOKS, heights, pareto
 from kvcompress.page.scale import CIVIDIS, Scale, cividis, ink_on, linear_ticks, log_ticks, luminance
-from tests.page_files import HEADS, KV_HEADS, LAYERS, ablation, benchmark, comparison, made_page, write_files
+from kvcompress.page.speed import method_of
+from tests.page_files import HEADS, KV_HEADS, LAYERS, ablation, benchmark, comparison, made_page, row, write_files
 
 HOSTILE = """<script>alert("x")</script>&'</title>"""
 
@@ -82,8 +86,54 @@ def test_verdicts_are_the_reports_own(page: str) -> None:
     sentences = [sentence for one in results for row in one["rows"] if (sentence := verdict(row))]
     assert sorted(said) == sorted(sentences)
     assert all(sentence in report(results) for sentence in said)
-    assert [re.search(r"wins|cannot|LOSES", one)[0] for one in said[:3]] == ["wins", "cannot", "LOSES"]  # type: ignore[index]
+    shown = [unescape(one) for one in re.findall(r'<span class="verdict">(.*?)</span>', page.split("<details>")[0])]
+    assert shown == [one for one in said if one.startswith("class table loses to the uniform cache of its bytes: ")]
+    assert len(shown) == 1
     assert page.count('class="badge loses"') == 2
+
+
+def test_a_card_is_named_after_its_budget_and_says_what_it_holds(tmp_path: Path) -> None:
+    folder, results = write_files(tmp_path), comparison("maker/made-up")
+    for name, share in (("select-6.25", 0.0628), ("select-60tokens", 0.03)):
+        results[0]["rows"].append(row(name, "select", share, 19.0, ("uniform = priced-25", -0.2, -0.1)))
+    write_json(folder / "reports/plan_comparison.json", results)
+    cards = re.findall(r'<article class="card">(.*?)</article>', made_page(folder))
+    titles = [re.findall(r"<h4>(.*?)<span", one)[0] for one in cards]
+    assert titles == ["Budget 25%", "Budget 50%", "Budget 6.25%", "Budget 60tokens"]
+    assert "holds 6.28% of the full cache" in cards[2]
+
+
+def test_a_method_looks_the_same_in_every_chart_and_like_no_other(page: str) -> None:
+    assert len(set(LOOKS.values())) == len(LOOKS)
+    growth = page.split('id="speed"')[1]
+    for name, method in (("full cache", "full"), ("head_aware", "class table")):
+        colour, shape = LOOKS[method]
+        assert f"{marker(shape, colour, 8, 8)}</svg>{name}</li>" in growth
+    assert [method_of(name, said) for name, said in (("uniform 25%", ""), ("mine", "plan: select"), ("full", "x"))] == [
+        "uniform sink + window",
+        "select",
+        "full",
+    ]
+
+
+def test_what_lies_far_above_the_lines_does_not_stretch_the_axis() -> None:
+    rows = comparison("m")[0]["rows"]
+    assert max(heights(pareto_data(rows))) < 21
+    drawn = pareto(rows, "plans")
+    assert drawn.count("↑") == 1
+    assert "↑ 25</text>" in drawn
+    assert max(heights(pareto_data(rows[:1]))) == 18
+
+
+def test_every_run_of_a_benchmark_has_a_heading_of_its_own(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    one, two = benchmark("m")[0], benchmark("m")[0]
+    two["rows"][1]["name"], two["growth"] = "recent_only", []
+    write_json(folder / "reports/benchmark.json", [one, two])
+    speed = made_page(folder).split('id="speed"')[1]
+    assert "<h3>Full cache, head_aware</h3>" in speed
+    assert "<h3>Full cache, recent_only</h3>" in speed
+    assert "Compare methods within a table" in speed
 
 
 def test_the_benchmark_is_left_out_where_there_is_none(page: str, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ def verdict(row: Mapping[str, Any]) -> str | None:
     if found is None:
         return None
     rival = row["rival"]
+    other = "the uniform cache of its bytes" if rival["name"].startswith("uniform = ") else rival["name"]
     if found == "not comparable":
-        return f"{row['name']} and {rival['name']} are not comparable: bytes {rival['bytes']:.3f} to 1."
+        return f"{row['name']} and {other} are not comparable: bytes {rival['bytes']:.3f} to 1."
     change = rival["nll_over_rival"]
     ratio = row["perplexity"] / rival["perplexity"]
     numbers = (
@@ -36,11 +37,14 @@ def verdict(row: Mapping[str, Any]) -> str | None:
         f"bytes (ratio {ratio:.3f}; ΔNLL {change['mean']:+.4f}, {CONFIDENCE:.0%} interval {change['low']:+.4f} to "
         f"{change['high']:+.4f})"
     )
-    if found == "loses":
-        return f"{row['name']} LOSES to {rival['name']}: {numbers}."
-    if found == "wins":
-        return f"{row['name']} wins against {rival['name']}: {numbers}."
-    return f"{row['name']} and {rival['name']} cannot be told apart: {numbers}."
+    if found == "even":
+        return f"{row['name']} and {other} cannot be told apart: {numbers}."
+    return f"{row['name']} {'wins against' if found == 'wins' else 'loses to'} {other}: {numbers}."
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def origin(result: Mapping[str, Any]) -> str:
@@ -49,7 +53,7 @@ def origin(result: Mapping[str, Any]) -> str:
     unseen = ", so that compression never sees the question" if settings["retrieval_prefill"] == "exact" else ""
     return (
         f"{result['model']} on {where['device']}, {where['dtype']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}. Evaluation text only: {settings['documents_per_text']} documents of "
+        f"{where['transformers']}. Evaluation text only: {counted(settings['documents_per_text'], 'document')} of "
         f"{settings['max_tokens']} tokens from each of {', '.join(result['texts'])}; streaming prefill in chunks of "
         f"{settings['chunk_size']} tokens through the real cache, bytes counted in it (the L2 methods: "
         f"{settings.get('rank_every', settings['chunk_size'])} tokens a pass, which see one another in full). "

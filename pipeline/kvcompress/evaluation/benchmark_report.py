@@ -78,9 +78,10 @@ def markdown(columns: Columns, rows: Sequence[Row]) -> list[str]:
 def origin(result: Row) -> str:
     """Model, machine and protocol of one result, in sentences."""
     where, settings, rows = result["environment"], result["settings"], result["rows"]
+    prompts = "1 prompt" if settings["num_samples"] == 1 else f"{settings['num_samples']} prompts"
     return (
         f"{result['model']} on {where['device']}, {where['threads']} CPU threads, {where['dtype']}, torch "
-        f"{where['torch']}, transformers {where['transformers']}. {settings['num_samples']} prompts of "
+        f"{where['torch']}, transformers {where['transformers']}. {prompts} of "
         f"{settings['max_tokens']} tokens from {', '.join(dict.fromkeys(result['samples']))}, read in full and then "
         f"compressed; the {settings['max_new_tokens']} tokens that follow are decoded one by one, methods in turns of "
         f"{settings['turn']}. Times are medians; the first step of a turn is warm-up. × full: how much faster, the "

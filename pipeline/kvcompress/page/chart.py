@@ -7,7 +7,7 @@ from kvcompress.page.markup import Html, number, tag
 from kvcompress.page.scale import Scale
 
 WIDTH, HEIGHT = 460, 330
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 42
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 42
 SIZE = 4.5  # of a marker
 OUTLINES = {  # marker -> corners, in units of SIZE around the point
     "s": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
@@ -73,8 +73,9 @@ def marker(kind: str, colour: str, x: float, y: float) -> Html:
 
 
 def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], level: float | None = None) -> Html:
-    """`level`: a dotted line across, of what everything is compared with."""
+    """`level`: a dotted line across, of what everything is compared with. Points above the axis stand at its upper edge."""
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
+    edge = TOP + 2.5 * SIZE  # where points stand that lie above the axis
 
     def across(value: float) -> float:
         return LEFT + x.scale(value) * (right - LEFT)
@@ -96,7 +97,7 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], level: float |
         drawn.append(tag("line", x1=LEFT, x2=right, y1=up(level), y2=up(level), class_="level"))
     marks = []
     for one in series:
-        places = [(across(point.x), up(point.y)) for point in one.points]
+        places = [(across(point.x), edge if point.y > y.scale.high else up(point.y)) for point in one.points]
         if one.line and len(places) > 1:
             path = " ".join(f"{number(a)},{number(b)}" for a, b in places)
             dash = "5 4" if one.dashed else None
@@ -112,7 +113,9 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], level: float |
             )
         for point, (a, b) in zip(one.points, places, strict=True):
             parts = [tag("circle", cx=a, cy=b, r=11, fill="transparent")]  # something large enough to point at
-            if point.low is not None and point.high is not None:
+            if point.y > y.scale.high:
+                parts.append(tag("text", f"↑ {point.y:.3g}", x=a + 2.5 * SIZE, y=b, dominant_baseline="central"))
+            elif point.low is not None and point.high is not None:
                 bar = f"M{number(a)} {number(up(point.low))}V{number(up(point.high))}"
                 ends = "".join(f"M{number(a - 3)} {number(up(end))}h6" for end in (point.low, point.high))
                 parts.append(tag("path", d=bar + ends, stroke=paint(one.colour), stroke_width=1.2))

@@ -22,11 +22,11 @@ def document(inputs: Inputs) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("title", f"{model}: KV-cache compression by head"),
+        tag("title", f"kvcompress: {model}"),
         tag("style", Html(read_text(HERE / "page.css"))),
     )
     links = tag("nav", (tag("a", one.title, href=f"#{one.key}") for one in found), aria_label="Sections")
-    top = tag("header", tag("h1", model), tag("p", f"KV-cache compression by head: {shape}."), links)
+    top = tag("header", tag("h1", f"kvcompress: {model}"), tag("p", f"KV-cache compression by head: {shape}."), links)
     blocks = [
         tag("section", tag("h2", one.title, id=f"{one.key}-title"), one.content, id=one.key,
             aria_labelledby=f"{one.key}-title")

@@ -53,8 +53,17 @@ def tag(name: str, /, *children: Child, **attributes: Any) -> Html:
     return Html(f"<{opening}>" if name in VOID else f"<{opening}>{joined(children)}</{name}>")
 
 
-def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str, ids: Iterable[str] = ()) -> Html:
-    """A table in a box that scrolls sideways; the first cell of a row is its heading. `ids`: one for every row."""
+def table(
+    header: Iterable[Child],
+    rows: Iterable[Iterable[Child]],
+    caption: str,
+    ids: Iterable[str] = (),
+    captioned: bool = True,
+) -> Html:
+    """A table in a box that scrolls sideways; the first cell of a row is its heading. `ids`: one for every row.
+
+    `captioned`: False where the caption would repeat what stands above; then only screen readers say it.
+    """
     names, marks = list(header), iter(ids)
     body = []
     for row in rows:
@@ -64,7 +73,7 @@ def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str
     head = tag("thead", tag("tr", (tag("th", name, scope="col") for name in names)))
     return tag(
         "div",
-        tag("table", tag("caption", tag("span", caption)), head, tag("tbody", body)),
+        tag("table", tag("caption", tag("span", caption)) if captioned else None, head, tag("tbody", body)),
         class_="scroll",
         tabindex=0,
         role="region",

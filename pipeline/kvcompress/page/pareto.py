@@ -1,41 +1,67 @@
-"""Quality against bytes: perplexity of every contender with its interval, one line a method, and the same as a table."""
+"""Quality against bytes: perplexity of every contender with its interval, one line a method, and the same as a table.
+
+Also how every method looks, which is the same in all charts of the page.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.evaluation.ablation_data import (
-    JOINED,
-    OTHER,
-    STYLE,
-    Rows,
-    by_size,
-    facts_cells,
-    leading_cells,
-    pareto_data,
-)
+from kvcompress.evaluation.ablation_data import JOINED, OTHER, Rows, by_size, facts_cells, leading_cells, pareto_data
 from kvcompress.page.chart import Axis, Point, Series, chart
 from kvcompress.page.markup import Html, details, table
 from kvcompress.page.scale import Scale, log_ticks
 
-NAMES = {"full": "full cache", "retrieval_heads": "retrieval heads", "class_table_scaled": "class table, scaled"}
+# method -> (colour, marker), each pair once; most colours are Okabe and Ito's, relatives share one
+LOOKS = {
+    "full": ("#000000", "*"),
+    "uniform sink + window": ("#0072B2", "o"),
+    "priced": ("#009E73", "s"),
+    "select": ("#D55E00", "^"),
+    "retrieval_heads": ("#E69F00", "D"),
+    "class table": ("#56B4E9", "s"),
+    "class_table_scaled": ("#56B4E9", "P"),
+    "random": ("#999999", "x"),
+    "inverse": ("#CC79A7", "+"),
+    "inverted": ("#CC79A7", "x"),
+    "window only": ("#7D5BA6", "v"),
+    "other sink counts": ("#0072B2", "."),
+    "per layer": ("#A6642A", "D"),
+    "fix_size_l2": ("#F0E442", "D"),
+    "l2_compress": ("#F0E442", "^"),
+}
+NAMES = {
+    "full": "full cache",
+    "retrieval_heads": "retrieval heads",
+    "class_table_scaled": "class table, scaled",
+    "inverse": "priced, inverse",
+    "inverted": "class table, inverse",
+}
 SHARES = (0.01, 0.02, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 MARGIN = 1.04
+ROOM = 1.25  # how much further than the lines the perplexity axis reaches, for what is not on a line
 
 
 def scales(values: Sequence[float]) -> Scale:
     return Scale(min(values) / MARGIN, max(values) * MARGIN, "log")
 
 
+def heights(data: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Perplexities, and ends of intervals, that the axis has to hold: those of the lines, and of single points near them."""
+    least = min(row["low"] for row in data)
+    lines = [row["perplexity"] for row in data if row["method"] in JOINED]
+    most = least * (max(lines) / least) ** ROOM if lines else float("inf")
+    return [row[end] for row in data if row["perplexity"] <= most for end in ("perplexity", "low", "high")]
+
+
 def pareto(rows: Rows, title: str) -> Html:
-    """A chart; both axes are logarithmic."""
+    """A chart; both axes are logarithmic. What lies far above the lines stands at the upper edge, with its number."""
     data = pareto_data(rows)
-    heights = [value for row in data for value in (row["perplexity"], row["low"], row["high"])]
-    across, up = scales([row["share"] for row in data]), scales(heights)
+    across, up = scales([row["share"] for row in data]), scales(heights(data))
     series = []
-    order = [method for method in STYLE if any(row["method"] == method for row in data)]
+    order = [method for method in LOOKS if any(row["method"] == method for row in data)]
     order += sorted({row["method"] for row in data} - set(order))
     for method in order:
-        colour, shape = STYLE.get(method, OTHER)
+        colour, shape = LOOKS.get(method, OTHER)
         points = [
             Point(row["share"], row["perplexity"], tip(row), row["low"], row["high"])
             for row in data
@@ -65,4 +91,4 @@ def contender_table(rows: Rows, caption: str) -> Html:
     shown = [
         [*leading_cells(row), f"{row['kl']:.4f}", f"{row['accuracy']:.1%}", *facts_cells(row)] for row in by_size(rows)
     ]
-    return details(f"{caption}, as a table", table(header, shown, caption))
+    return details(f"{caption}, as a table", table(header, shown, caption, captioned=False))

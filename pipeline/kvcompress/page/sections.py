@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from kvcompress.analysis.statistics import StatisticsFile
 from kvcompress.evaluation.ablation_data import rows_of
-from kvcompress.evaluation.ablation_report import origin
+from kvcompress.evaluation.ablation_report import counted, origin
 from kvcompress.heads import HeadClassification
 from kvcompress.page.facts import heat_maps
 from kvcompress.page.head_map import class_map, number_map, row_id, side_by_side
@@ -64,7 +64,8 @@ def quality(plans: Sequence, ablation: Sequence) -> list[Html | None]:
     return [
         prose(
             "Lower and further left is better. Bars are 95% intervals of the difference to the full cache, which is the "
-            "dotted line. Each chart has texts of its own: compare within one."
+            "dotted line; an arrow marks what lies above the axis. Each chart has texts of its own: compare within one. "
+            "In names, “4 + 60” are sinks and window, and “uniform = NAME” is the uniform cache of the bytes of NAME."
         ),
         tag("div", charts, class_="pair"),
         contender_table(plans, "Plans and their rivals"),
@@ -110,7 +111,10 @@ def look(inputs: Inputs) -> list[Html | None]:
             "is known of the head appears, and the same head is marked in all maps of this kind."
         ),
         side_by_side(maps, info.num_layers),
-        details(f"All {len(rows)} query heads as a table", table(QUERY_HEADER, rows, "Query heads", ids)),
+        details(
+            f"All {len(rows)} query heads as a table",
+            table(QUERY_HEADER, rows, "Query heads", ids, captioned=False),
+        ),
     ]
 
 
@@ -142,7 +146,8 @@ def worth(inputs: Inputs) -> list[Html | None]:
         ),
         side_by_side(maps, len(price)),
         details(
-            f"All {len(rows)} KV heads as a table", table(price_header(prices, inputs.plans), rows, "KV heads", ids)
+            f"All {len(rows)} KV heads as a table",
+            table(price_header(prices, inputs.plans), rows, "KV heads", ids, captioned=False),
         ),
     ]
 
@@ -170,9 +175,8 @@ def measured(inputs: Inputs) -> list[Html | None]:
     fields = ("device", "threads", "dtype", "torch", "transformers")
     for name, results in named:
         rows += [[name, *(str(result["environment"].get(key, "–")) for key in fields)] for result in results[:1]]
-    amount = (
-        f"{info.queries or 0:,} queries in {info.documents or 0} documents of up to {info.max_tokens or 0:,} tokens"
-    )
+    documents = counted(info.documents or 0, "document")
+    amount = f"{info.queries or 0:,} queries in {documents} of up to {info.max_tokens or 0:,} tokens"
     heads = (
         f"{amount}; revision {info.revision or 'unknown'}; sinks are the first {info.sink_size} keys, the local window "
         f"the last {info.local_window}."

@@ -1,10 +1,11 @@
-"""Who won at equal bytes: one card a budget, and the reports' own sentences."""
+"""Who won at equal bytes: one card a plan, and the reports' own sentences, folded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvcompress.evaluation.ablation_data import Rows
 from kvcompress.evaluation.ablation_report import outcome, verdict
+from kvcompress.evaluation.intervals import CONFIDENCE
 from kvcompress.page.markup import Html, details, tag
 
 WORDS = {
@@ -12,6 +13,10 @@ WORDS = {
     "loses": ("▼", "loses"),
     "even": ("=", "even"),
     "not comparable": ("?", "not comparable"),
+}
+FAMILIES = {
+    "priced": "a window for each head, by its measured price",
+    "select": "windows and keys that a score chooses, by measured price",
 }
 
 
@@ -27,6 +32,12 @@ def found_facts(row: Mapping[str, Any]) -> str:
     return f"{sum(result['correct'] for result in results)}/{sum(result['total'] for result in results)}"
 
 
+def budget(row: Mapping[str, Any]) -> str:
+    """What the plan was asked to hold, from its name: `priced-6.25` -> `6.25%`, `priced-60tokens` -> `60tokens`."""
+    label = str(row["name"]).removeprefix(f"{row['family']}-")
+    return f"{label}%" if label.replace(".", "").isdigit() else label
+
+
 def card(row: Mapping[str, Any], rival: Mapping[str, Any], full: Mapping[str, Any]) -> Html:
     """One plan, the uniform cache of its bytes, and the full cache: perplexity and facts found."""
     header = tag("tr", tag("td"), (tag("th", name, scope="col") for name in ("perplexity", "facts")))
@@ -36,18 +47,31 @@ def card(row: Mapping[str, Any], rival: Mapping[str, Any], full: Mapping[str, An
     ]
     return tag(
         "article",
-        tag("h3", f"{100 * row['share']:.3g}% of the bytes", badge(row)),
+        tag("h4", f"Budget {budget(row)}", badge(row)),
         tag("table", tag("thead", header), tag("tbody", lines)),
+        tag("p", f"holds {100 * row['share']:.3g}% of the full cache's bytes"),
         class_="card",
     )
 
 
-def cards(rows: Rows, family: str = "priced") -> Html | None:
-    """A card for every plan of `family` that has a rival."""
+def cards(rows: Rows, family: str) -> list[Html]:
+    """A heading, and a card for every plan of `family` that has a rival; nothing without one."""
     by_name = {row["name"]: row for row in rows}
     mine = [row for row in rows if row["family"] == family and row.get("rival")]
     found = [card(row, by_name[row["rival"]["name"]], by_name["full cache"]) for row in mine]
-    return tag("div", found, class_="cards") if found else None
+    title = tag("h3", f"{family}: {FAMILIES[family]}")
+    return [title, tag("div", found, class_="cards")] if found else []
+
+
+def explained(full: Mapping[str, Any]) -> Html:
+    """What a card's words mean; `full` is the row of the full cache."""
+    asked = sum(result["total"] for result in full["retrieval"].values())
+    return tag(
+        "p",
+        "Every card sets a plan against the uniform cache of its bytes, which has the same sinks and window in all heads. "
+        f"It wins or loses where the {CONFIDENCE:.0%} interval of the difference in loss leaves out zero. Facts are exact "
+        f"answers to {asked} questions about something said earlier in a text ({', '.join(full['retrieval'])}).",
+    )
 
 
 def sentences(rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -57,10 +81,9 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def summary(plans: Rows, ablation: Rows) -> list[Html | None]:
-    """Verdicts on the policies `priced` and `select` and on the class table first, all others folded."""
-    main = [row for row in plans if row["family"] in ("priced", "select")]
-    main += [row for row in ablation if row["name"] == "class table"]
-    names = {id(row) for row in main}
-    rest = [row for row in [*plans, *ablation] if id(row) not in names and row.get("rival")]
-    folded = details(f"{len(rest)} more comparisons at equal bytes", sentences(rest)) if rest else None
-    return [cards(plans), cards(plans, "select"), sentences(main), folded]
+    """Cards of the policies `priced` and `select`, the verdict on the class table, all other verdicts folded."""
+    table = [row for row in ablation if row["name"] == "class table"]
+    rest = [row for row in [*plans, *ablation] if row not in table and row.get("rival")]
+    folded = details(f"{len(rest)} comparisons at equal bytes, with intervals", sentences(rest)) if rest else None
+    shown = [one for family in FAMILIES for one in cards(plans, family)]
+    return [explained(next(row for row in plans if row["family"] == "full")), *shown, sentences(table), folded]
