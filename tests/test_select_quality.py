@@ -110,6 +110,11 @@ def test_every_score_has_a_plan_and_a_rival_of_the_same_bytes() -> None:
     assert plan_of(contenders, "select leverage 25.00%").layers[0][0] == Retention(4, 3, 9, "leverage")
     grown = select_contenders(model.config, [0.25], 128, scores=["key_diff"], more=10)
     assert plan_of(grown, "select key_diff 25.00%").layers[0][0] == Retention(4, 19, 19, "key_diff")
+    own = select_contenders(model.config, [0.25], 128, scores=["key_diff"], windows=[2])
+    assert list(own)[2:] == ["select key_diff 25.00%", "select key_diff 25.00%, window 2"]
+    assert plan_of(own, "select key_diff 25.00%, window 2").layers[0][0] == Retention(4, 2, 26, "key_diff")
+    with pytest.raises(InputError, match="room for a window of 28 and for keys"):
+        select_contenders(model.config, [0.25], 128, scores=["key_diff"], windows=[28])
     for share in (1.0, 0.03):
         with pytest.raises(InputError, match="expected fewer than all tokens"):
             select_contenders(model.config, [share], 128)
@@ -151,6 +156,7 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     ]
     sizes = ["--context", "96", "--continuation", "32", "--documents-per-text", "1", "--retrieval-length", "160"]
     flags = [*where, *sizes, "--retrieval-depths", "1", "--growing", "--score", "snapkv", "--score", "key_norm"]
+    flags += ["--window", "3"]
     model = tiny_model("llama")
     params = SensitivityParams(
         max_tokens=160, documents_per_text=1, windows=[8, 32], joint_windows=[16], fact_contexts=1, facts_per_context=1,
@@ -162,22 +168,25 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select key_norm 25.00%", "select 25.00%",
-        "priced 25.00%",
+        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select snapkv 25.00%, window 3",
+        "select key_norm 25.00%", "select key_norm 25.00%, window 3", "select 25.00%", "priced 25.00%",
     ]  # fmt: skip
     for row in rows[1:]:  # four bytes a slot say where its key lies, a sixteenth of these tiny slots
         assert 1 <= row["nbytes_end"] / rows[1]["nbytes_end"] <= 1 + 1 / 16, row["name"]
-    assert rows[4]["rival"]["name"] == rows[5]["rival"]["name"] == "uniform 25.00%"
+    assert rows[6]["rival"]["name"] == rows[7]["rival"]["name"] == "uniform 25.00%"
     assert rows[1]["nbytes_mean"] == 2 * 40 * 4 * 8 * 4  # a quarter of the context and half of the continuation
     assert rows[2]["rival"]["gmean_ratio"] == pytest.approx(
         rows[2]["perplexity_gmean"] / rows[1]["perplexity_gmean"], abs=1e-4
     )
     assert set(rows[2]["retrieval"]) == {"needle"}
+    ((kind, counts),) = rows[2]["retrieval"]["needle"]["kinds"].items()
+    assert "{who}" in kind
+    assert counts == {name: rows[2]["retrieval"]["needle"][name] for name in ("correct", "total")}
     assert [set(row.get("nll_over", {})) for row in rows[:2]] == [set(), set()]
     for row in rows[2:]:
         assert set(row["nll_over"]) == {other["name"] for other in rows[1:]} - {row["name"]}
         assert row["nll_over"]["uniform 25.00%"] == row["rival"]["nll_over_rival"]
-    over, back = rows[4]["nll_over"]["priced 25.00%"], rows[5]["nll_over"]["select 25.00%"]
+    over, back = rows[6]["nll_over"]["priced 25.00%"], rows[7]["nll_over"]["select 25.00%"]
     assert over["mean"] == pytest.approx(-back["mean"], abs=1e-5)
     assert "| select key_norm 25.00% |" in result.output
     failed = CliRunner().invoke(app, [*where, "--score", "magic"])

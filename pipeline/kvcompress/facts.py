@@ -53,19 +53,24 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
         ("Visitors of {who} must ask for {value}.", "Visitors of {who} must ask for"),
         ("The parcel of {who} lies on the shelf {value}.", "The parcel of {who} lies on the shelf"),
         ("The ferry of {who} leaves from the pier {value}.", "The ferry of {who} leaves from the pier"),
+        ("The portrait of {who} hangs above the desk {value}.", "The portrait of {who} hangs above the desk"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fact to find. `depth` is the share of the context before it; token ids are plain lists."""
+    """One fact to find. `depth` is the share of the context before it; token ids are plain lists.
+
+    `kind`: of a needle, the words in which all of its kind are asked for.
+    """
 
     task: Task
     context: list[int]
     question: list[int]
     answer: list[int]
     depth: float
+    kind: str = ""
 
     @property
     def length(self) -> int:
@@ -89,7 +94,15 @@ class CaseMaker:
         return self.random.choice(WORDS)
 
     def assemble(
-        self, task: Task, body: list[int], fact: str, question: str, answer: str, length: int, depth: float
+        self,
+        task: Task,
+        body: list[int],
+        fact: str,
+        question: str,
+        answer: str,
+        length: int,
+        depth: float,
+        kind: str = "",
     ) -> Case:
         """Put the fact into the body so that the whole context has `length` tokens."""
         start, inserted = leading_tokens(self.tokenizer), self.encode(f" {fact} ")
@@ -98,7 +111,7 @@ class CaseMaker:
             raise InputError(f"a {task} context of {length} tokens cannot be built from {len(body)} tokens of text")
         place = round(depth * room)
         context = start + body[:place] + inserted + body[place:room]
-        return Case(task, context, self.encode(f"\n{question}"), self.encode(f" {answer}"), depth)
+        return Case(task, context, self.encode(f"\n{question}"), self.encode(f" {answer}"), depth, kind)
 
     def passkey(self, length: int, depth: float) -> Case:
         """Five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
@@ -110,17 +123,19 @@ class CaseMaker:
 
     def needle(self, prose: list[int], length: int, depth: float) -> Case:
         """A sentence that does not belong there, somewhere in real prose; its value is a number or a word."""
-        fact, question, value = self.statement(f"{self.random.choice(WORDS)} {self.random.choice(PLACES)}")
+        who = f"{self.random.choice(WORDS)} {self.random.choice(PLACES)}"
+        fact, kind, value = self.statement(who)
         if len(prose) < length:
             raise InputError(f"a needle context of {length} tokens needs as much prose, found {len(prose)} tokens")
         start = self.random.randrange(len(prose) - length + 1)
-        return self.assemble("needle", prose[start : start + length], fact, question, value, length, depth)
+        body, question = prose[start : start + length], kind.format(who=who)
+        return self.assemble("needle", body, fact, question, value, length, depth, kind)
 
     def statement(self, who: str) -> tuple[str, str, str]:
-        """(fact, question, value) about `who`, in one of the templates of this use."""
+        """(fact, the question's template, value) about `who`, in one of the templates of this use."""
         value = self.number() if self.random.random() < 0.5 else self.word()
-        fact, question = self.random.choice(TEMPLATES[self.use])
-        return fact.format(who=who, value=value), question.format(who=who, value=value), value
+        fact, kind = self.random.choice(TEMPLATES[self.use])
+        return fact.format(who=who, value=value), kind, value
 
     def many(
         self, prose: list[int], length: int, count: int, far: int = 0
@@ -144,7 +159,10 @@ class CaseMaker:
             place = int((i + self.random.random()) / count * reach)
             context += prose[start + last : start + place] + fact
             last = place
-        asked = [(self.encode(f"\n{question}"), self.encode(f" {value}")) for _, question, value in statements]
+        asked = [
+            (self.encode(f"\n{kind.format(who=who)}"), self.encode(f" {value}"))
+            for who, (_, kind, value) in zip(subjects, statements, strict=True)
+        ]
         return context + prose[start + last : start + room], asked
 
     def lookup(self, length: int, depth: float) -> Case:

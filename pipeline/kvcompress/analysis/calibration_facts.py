@@ -61,7 +61,7 @@ class CalibrationFacts(CaseMaker):
         wordings: Sequence[tuple[str, str]] = REPEATED if self.repeated else TEMPLATES["calibration"]
         fact, question = wordings[self.turn % len(wordings)]
         self.turn += 1
-        return fact.format(who=who, value=value), question.format(who=who, value=value), value
+        return fact.format(who=who, value=value), question, value
 
 
 def calibration_facts(

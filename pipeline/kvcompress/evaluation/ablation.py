@@ -118,7 +118,7 @@ def rounded(interval: Interval) -> dict[str, float]:
 
 
 def retrieval_rows(cases: Sequence[Case], answered: Sequence[bool]) -> dict[str, Any]:
-    """Share of each task's cases answered, with Wilson interval, and by length and depth."""
+    """Share of each task's cases answered, with Wilson interval, by length and depth, and of needles by their kind."""
     result: dict[str, Any] = {}
     for task in dict.fromkeys(case.task for case in cases):
         mine = [(case, right) for case, right in zip(cases, answered, strict=True) if case.task == task]
@@ -138,6 +138,12 @@ def retrieval_rows(cases: Sequence[Case], answered: Sequence[bool]) -> dict[str,
             "high": round(interval.high, 4),
             "grid": cells,
         }
+        kinds = dict.fromkeys(case.kind for case, _ in mine if case.kind)
+        if kinds:
+            of_kind = {kind: [right for case, right in mine if case.kind == kind] for kind in kinds}
+            result[task]["kinds"] = {
+                kind: {"correct": sum(rights), "total": len(rights)} for kind, rights in of_kind.items()
+            }
     return result
 
 

@@ -95,12 +95,14 @@ def select_contenders(
     scores: Iterable[str] = tuple(SCORES),
     choosing: Choosing | None = None,
     more: int = 0,
+    windows: Sequence[int] = (),
 ) -> dict[str, Contender]:
     """The full cache and uniform plans `select <score> <share>`, each with the uniform sink + window of the same bytes.
 
     A head holds round(share * tokens) + more slots: sinks, of the rest a window of the part `recent`, and the others are
-    chosen by the score. Where a score keeps queries, they take their room out of these slots. Raises `InputError` for
-    shares that leave nothing to choose.
+    chosen by the score. With `windows` there is one more plan for each, `..., window <w>`, whose window is that long.
+    Where a score keeps queries, they take their room out of these slots. Raises `InputError` for shares that leave
+    nothing to choose.
     """
     shape = model_shape(config)
     found, names = [full_cache(shape)], tuple(scores)
@@ -118,16 +120,17 @@ def select_contenders(
         found.append(of_plan(rival, UNIFORM, "select", even))
         for score in names:
             room = slots - sinks - (kept_queries if rule.score(score).needs_queries else 0)
-            window = round(recent * room)
-            if not 0 < window < room:
-                raise InputError(
-                    f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks and {room} more slots with {score},"
-                    " expected room for a window and for keys to choose"
-                )
-            plan = RetentionPlan.uniform(
-                Retention(sinks, window, room - window, score), *size, policy=f"select {score}"
-            )
-            found.append(of_plan(f"select {score} {share:.2%}", f"select {score}", "select", plan, rival, choosing))
+            for fixed in (None, *windows):
+                window, suffix = (round(recent * room), "") if fixed is None else (fixed, f", window {fixed}")
+                if not 0 < window < room:
+                    raise InputError(
+                        f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks and {room} more slots with {score},"
+                        f" expected room for a window{f' of {fixed}' if fixed else ''} and for keys to choose"
+                    )
+                kept, family = Retention(sinks, window, room - window, score), f"select {score}{suffix}"
+                plan = RetentionPlan.uniform(kept, *size, policy=family)
+                name = f"select {score} {share:.2%}{suffix}"
+                found.append(of_plan(name, family, "select", plan, rival, choosing))
     return {contender.name: contender for contender in found}
 
 

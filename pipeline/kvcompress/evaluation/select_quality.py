@@ -145,6 +145,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="Kinds of facts [default: all].")] = None,
     sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
     recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
+    window: Annotated[list[int], typer.Option(help="Also with a window of so many keys (repeatable).")] = [],  # noqa: B006
     growing: Annotated[
         bool, typer.Option("--growing", help="Half of the continuation more, as a growing cache.")
     ] = False,
@@ -172,9 +173,16 @@ def main(
         cases = make_cases(
             tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, use=use, tasks=asked
         )
-        settings = {"shares": share, "sinks": sinks, "recent": recent, "every": every, "observe": observe}
-        settings |= {"context": context, "continuation": continuation, "documents_per_text": documents_per_text}
-        settings |= {
+        settings = {
+            "shares": share,
+            "sinks": sinks,
+            "recent": recent,
+            "windows": window,
+            "every": every,
+            "observe": observe,
+            "context": context,
+            "continuation": continuation,
+            "documents_per_text": documents_per_text,
             "growing": growing,
             "calibration": calibration,
             "policies": policies if sensitivity else [],
@@ -188,7 +196,7 @@ def main(
 
         def compete(tokens: int, end: int, more: int) -> dict[str, Contender]:
             found = select_contenders(
-                loaded.config, share, tokens, sinks, recent, score or SCORES, choosing=choosing, more=more
+                loaded.config, share, tokens, sinks, recent, score or SCORES, choosing, more, window
             )
             if prices:
                 planner = Planner(
