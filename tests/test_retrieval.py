@@ -1,11 +1,14 @@
 """Retrieval cases are what they say, and "answered" is greedy decoding."""
 
+from difflib import SequenceMatcher
+
 import pytest
 import torch
 
+from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED
 from kvcompress.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
-from kvcompress.facts import TEMPLATES, Case, CaseMaker, make_cases
+from kvcompress.facts import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, make_cases
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
@@ -28,9 +31,16 @@ def test_cases_have_their_length_and_hold_their_fact() -> None:
 
 
 def test_templates_that_calibrate_never_judge() -> None:
-    assert not set(TEMPLATES["calibration"]) & set(TEMPLATES["evaluation"])
-    wordings = [fact.split("{")[0] for fact, _ in (*TEMPLATES["calibration"], *TEMPLATES["evaluation"])]
-    assert len(set(wordings)) == len(wordings)
+    uses: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+    for use, found in uses.items():
+        found += [fact for fact, _ in TEMPLATES[use]]  # type: ignore[index]
+        found += [PASSKEY[use][0], PASSKEY[use][1], LOOKUP[use]]  # type: ignore[index]
+    uses["calibration"] += [*(fact for fact, _ in REPEATED), *MONOTONY]
+    assert len(set(uses["calibration"]) | set(uses["evaluation"])) == sum(map(len, uses.values()))
+    for one in uses["calibration"]:
+        for other in uses["evaluation"]:
+            # The nearest have "number of {who} is {value}." in common.
+            assert SequenceMatcher(None, one.split(), other.split()).find_longest_match().size < 6, (one, other)
 
 
 def test_too_little_text_is_named() -> None:

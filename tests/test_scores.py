@@ -1,9 +1,12 @@
 """Scores of keys against slow, obvious twins in float64, on prompts, streams with holes, padded rows and long blocks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvcompress.scores import SCORES, make_score
+from kvcompress.scores.choosing import best
 from tests.held_keys import CASES
 from tests.slow_scores import Slow
 
@@ -30,3 +33,25 @@ def test_score_is_its_definition(name: str, parameters: dict, case: str, monkeyp
     found, expected = score(held), Slow(held).answer(name, score)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_ranks_as_float32_does(name: str, dtype: torch.dtype) -> None:
+    """The same numbers, which half precision holds, in both: nearly all of the best third are the same keys."""
+    held = CASES["whole text"]()
+    rounded = {field: getattr(held, field).to(dtype) for field in ("keys", "values", "queries")}
+    half, whole = replace(held, **rounded), replace(held, **{field: rounded[field].float() for field in rounded})
+    keys = 10
+    chosen = [best(make_score(name)(one), keys, held.stays).flatten(0, 1).tolist() for one in (half, whole)]
+    same = [len(set(one) & set(other)) for one, other in zip(*chosen, strict=True)]
+    assert min(same) >= keys - 1, same
+    assert sum(same) >= keys * len(same) - 2, same
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_large_keys_do_not_overflow_in_float16(name: str) -> None:
+    held = CASES["whole text"]()
+    large = replace(held, keys=(held.keys * 300).half(), queries=(held.queries * 300).half(), values=held.values.half())
+    scores = make_score(name)(large)
+    assert torch.isfinite(scores[large.candidates]).all()

@@ -1,8 +1,8 @@
 """Texts with facts in them, and the questions that ask for the facts.
 
 Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case
-is a context, a question that names the fact, and the answer. What calibrates never judges: the two uses say their facts in
-different words, between other words.
+is a context, a question that names the fact, and the answer. What calibrates never judges: the two uses have templates of
+their own, between other words. Whom facts are about, and words that are their values, come from one list for both.
 """
 
 import random

@@ -6,17 +6,23 @@ beside the next layer's products. Results are those of doing it at once, which i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
+
+
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device for this: memory that was freed on it can serve the next choice, of any cache."""
+    return torch.cuda.Stream(device, priority=-1)  # high: its kernels are small, and the layer beside fills the device
 
 
 class Beside:
     """At most one layer's work at a time; what it reads is kept alive until those who come later have waited for it."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._at_work: torch.cuda.Stream | None = None
+        self._device: torch.device | None = None  # that is at work
         self._read: tuple[Tensor, ...] = ()
 
     @contextmanager
@@ -27,20 +33,17 @@ class Beside:
         if device.type != "cuda":
             yield
             return
-        stream = self._streams.get(device)
-        if stream is None:
-            # Of high priority: its kernels are small, and those of the layer beside them fill the device.
-            stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)
+        stream = stream_of(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        self._at_work, self._read = stream, read
+        self._device, self._read = device, read
         with torch.cuda.stream(stream):
             yield
 
     def join(self) -> None:
         """Let what is launched from now on wait for the work; nothing on the host waits."""
-        if self._at_work is not None:
-            torch.cuda.current_stream(self._at_work.device).wait_stream(self._at_work)
-        self._at_work, self._read = None, ()
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).wait_stream(stream_of(self._device))
+        self._device, self._read = None, ()
 
     def __del__(self) -> None:
         self.join()  # a pass that broke off: the memory that the work writes is about to be given away

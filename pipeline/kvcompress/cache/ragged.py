@@ -68,6 +68,7 @@ class RaggedLayer(CompressedLayer):
 
     def positions(self, row: int = 0) -> list[list[int]]:
         """Real positions that every KV head holds in one row of the batch, ascending."""
+        self.shared.beside.join()
         positions: list[list[int]] = [[] for _ in range(self.heads)]
         for group in self.groups:
             for head, held in zip(group.heads, group.held_positions(row, self.shared.padding), strict=True):

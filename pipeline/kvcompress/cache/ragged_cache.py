@@ -47,7 +47,8 @@ class RaggedCache(Cache):
         """The most bytes of K and V ever held since the last `reset`, copies during growth included.
 
         What a pass computes for the one layer at work is the model's and not counted: that layer's new keys and values,
-        and the copy of those held beside them while a chunk is read.
+        and the copy of those held beside them while a chunk is read. On a GPU that also goes for the keys, values and
+        queries of a prompt in the layer before, where heads still choose among them.
         """
         return self.shared.meter.peak
 
@@ -158,6 +159,7 @@ class RaggedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of the batch at `indices`, `[new batch]`, in that order (or bool `[batch]`)."""
+        self.shared.beside.join()
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         for layer in self.compressed_layers:
             layer.select_rows(rows)

@@ -47,8 +47,10 @@ def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor
     step = block_size(batch * heads * group * keys.shape[-1], keys.device)
     for begin in range(0, length, step):
         visible = sees(at[:, begin : begin + step], held)
-        # The last few queries of a text see almost all of it, and to look how far would wait for the device.
-        end = last_true(visible) if last is None else held.positions.shape[-1]
+        # To look how far they see would wait for the device; the last few queries of a text see almost all of it.
+        end = held.positions.shape[-1]
+        if last is None:
+            end = min(begin + step, end) if held.in_order else last_true(visible)
         visible, rows = visible[..., :end], queries[:, :, :, begin : begin + step]
         scores = ((rows * held.scaling).flatten(2, 3) @ keys[..., :end]).unflatten(2, (group, -1))
         hidden = ~visible[:, :, None]

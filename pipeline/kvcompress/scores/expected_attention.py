@@ -58,7 +58,8 @@ class ExpectedAttention(Score):
         keys = held.keys.contiguous()
         logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean) * held.scaling
         if spread is not None:
-            # In the precision of the keys; the factor goes first, or the products might be too large for it.
+            # In the precision of the keys, where that has the range; float16 has not.
+            keys = keys.float() if keys.dtype == torch.float16 else keys
             spread = (spread * (held.scaling**2 / 2)).to(keys.dtype)
             for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
                 logits[:, :, i] += (keys @ spread[:, :, i]).mul_(keys).sum(-1, dtype=torch.float32)
@@ -82,7 +83,9 @@ class ExpectedAttention(Score):
         ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
         spread = None
         if self.covariance:
-            centred = ((queries - mean[:, :, :, None]) * share.sqrt()).to(held.queries.dtype)
+            centred = (queries - mean[:, :, :, None]) * share.sqrt()
+            if held.queries.dtype == torch.bfloat16:
+                centred = centred.bfloat16()
             spread = ahead.mT @ (centred.mT @ centred).float() @ ahead
         return (mean[..., None, :] @ ahead)[..., 0, :], spread
 

@@ -83,7 +83,7 @@ class Leverage(Score):
         # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
         exact = keys.double()
         unit = torch.eye(keys.shape[-1], dtype=exact.dtype, device=exact.device)
-        # The ridge makes it positive; to ask whether that worked would wait for the device.
+        # The ridge makes it positive, whatever finite keys there are; to ask whether that worked would wait for the device.
         factor = torch.linalg.cholesky_ex(exact.mT @ exact + self.ridge * unit).L
         inverse = torch.linalg.solve_triangular(factor.mT, unit, upper=True)
         return (exact @ inverse).square().sum(-1).float()
