@@ -55,7 +55,7 @@ def copy_project(folder: Path) -> Path:
     params["compare_plans"] |= {"max_tokens": 128, "retrieval_lengths": [160], "retrieval_depths": 1}
     params["compare_plans"] |= {"plans": ["priced-25", "random-25"]}
     params["benchmark"] |= {"num_samples": 2, "max_tokens": 48, "max_new_tokens": 9, "turn": 4}
-    params["benchmark"] |= {"growth_contexts": [32, 48], "growth_rounds": 1}
+    params["benchmark"] |= {"growth_contexts": [32, 48], "growth_rounds": 1, "plans": ["priced-25"]}
     params["plots"] = {"dpi": 60}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return folder

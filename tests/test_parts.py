@@ -53,6 +53,13 @@ def test_flags_that_do_not_go_together(folder: Path) -> None:
             app(["generate", str(folder), "What?", "--tp-plan", flag], standalone_mode=False)
 
 
+def test_commands_of_several_processes_need_a_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("generate", "benchmark"):
+        with pytest.raises(InputError, match="each would do all of this: start one, or run the stages"):
+            app([name, str(folder), *(["What?"] if name == "generate" else [])], standalone_mode=False)
+
+
 def joined(monkeypatch: pytest.MonkeyPatch, processes: int, one_model: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if processes > 1:

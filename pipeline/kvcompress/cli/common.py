@@ -53,12 +53,20 @@ def model_params(
 
 
 def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelRecord]":
-    """Model, tokenizer and record; a hub model is fetched. With a `tp_plan` this process joins the others first."""
+    """Model, tokenizer and record; a hub model is fetched. With a `tp_plan` this process joins the others first.
+
+    Raises `InputError` where torchrun started several processes and there is none: each would do, and write, all of it.
+    """
     from kvcompress import ranks
     from kvcompress.models import load_folder, locate_model
 
     if params.tp_plan:
         ranks.join()
+    elif ranks.started():
+        raise InputError(
+            "torchrun started several processes, of which each would do all of this: start one, or run the stages, which share"
+            " documents; commands that have --tp-plan split a model among them"
+        )
     record, folder = locate_model(params)
     model, tokenizer = load_folder(folder, params)
     model.config.name_or_path = record.id

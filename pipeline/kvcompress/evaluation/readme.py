@@ -68,14 +68,13 @@ def headline(result: Mapping[str, Any]) -> str:
     head = ("cache", "perplexity", "against full", *found, "bytes, mean over the text")
     half = settings["continuation"] // 2
     more = f", and {half} tokens more, as one that grows with the text does on average" if settings["growing"] else ""
-    seconds = ", ".join(f"{name} {row['seconds']:.0f} s" for name, row in shown.items())
     return (
         f"{table_of(head, lines)}\n\n"
         f"On text, a prompt of {settings['context']:,} tokens is read and compressed once; perplexity is that of the next "
         f"{settings['continuation']}. Caches hold {settings['shares'][0]:.0%} of the prompt{more}. Passkeys (a number "
         "in monotonous text) and facts hide anywhere in "
         f"{settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} before the question is known. "
-        f"Time for the text in this run ({_where(result)}): {seconds}."
+        f"{_where(result)}."
     )
 
 
