@@ -28,6 +28,7 @@ GROWTH_PARAMS = BenchmarkParams(growth_contexts=[64, 128], growth_batches=[1, 2]
 def test_decode_growth_beside_the_limit() -> None:
     model = tiny_model("llama")
     plans = {"mine": RetentionPlan.uniform(Retention(4, 28), 2, 2, 4)}
+    plans["asks"] = RetentionPlan.uniform(Retention(4, 14, 14, "snapkv"), 2, 2, 4)  # has no queries here: left out
     rows = decode_growth(model, plans, GROWTH_PARAMS, bandwidth=1e6, progress=False)
     cells = [(row["context"], row["batch"], row["contender"]) for row in rows]
     assert cells == [(c, b, name) for c in (64, 128) for b in (1, 2) for name in ("full", "uniform 25%", "mine")]

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
 from kvcompress.params.benchmark import FULL, BenchmarkParams
@@ -48,9 +49,11 @@ def decode_growth(
 ) -> list[dict[str, Any]]:
     """One row a context, batch and cache: full, uniform at `params.share` of that context, and the plans.
 
-    Caches end at `context` tokens. `bandwidth`: bytes a second. The limits are milliseconds.
+    Caches end at `context` tokens. `bandwidth`: bytes a second. The limits are milliseconds. Plans that choose keys by
+    queries are left out: these caches are filled with random keys, which no queries ever asked for.
     """
     weights, rows = weight_bytes(model), []
+    plans = {name: plan for name, plan in plans.items() if not evidence_slots(plan)}
     cells = [(context, batch) for context in params.growth_contexts for batch in params.growth_batches]
     for context, batch in tqdm(cells, desc="decode growth", unit="cell", disable=not progress):
         uniform = plan_of(model.config, context, params.share, 0.0)
