@@ -64,8 +64,8 @@ def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         ranks.join()
     elif ranks.started():
         raise InputError(
-            "torchrun started several processes, of which each would do all of this: start one, or run the stages, which share"
-            " documents; commands that have --tp-plan split a model among them"
+            "torchrun started several processes, of which each would do all of this: start one, or run the stages, which"
+            " share documents; commands that have --tp-plan split a model among them"
         )
     record, folder = locate_model(params)
     model, tokenizer = load_folder(folder, params)
