@@ -105,13 +105,13 @@ class AttentionObserver:
 
 
 def block_size(heads: int, keys: int, device: torch.device) -> int:
-    """Queries in the next block, at least 16: few enough that heads x queries x keys stays within the block's limit.
+    """Queries in the next block, at least 4: few enough that heads x queries x keys stays within the block's limit.
 
     `keys` stand before the block; a block of q queries sees keys + q.
     """
     elements, queries = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
     room = elements / heads  # q (keys + q) <= room
-    return max(16, min(queries, int((keys**2 / 4 + room) ** 0.5 - keys / 2)))
+    return max(4, min(queries, int((keys**2 / 4 + room) ** 0.5 - keys / 2)))
 
 
 def heads_at_once(kv_heads: int, elements: int, device: torch.device) -> int:
