@@ -1,10 +1,13 @@
 """What a reader may copy from a Markdown page: commands in indented blocks, Python blocks, and commands named in prose."""
 
+import argparse
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import typer
 from typer.main import get_command
@@ -63,3 +66,12 @@ def unknown_flags(command: Any, words: Sequence[str]) -> list[str]:
     }
     flags = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
     return [flag for flag in flags if flag not in known]
+
+
+def parsed_by_dvc(words: list[str]) -> argparse.Namespace:
+    """What DVC's own parser makes of a command, the word `dvc` first; `SystemExit` where it does not take it."""
+    from dvc.cli.parser import get_main_parser
+
+    with patch.object(sys, "argv", words):  # DVC looks there, too, for -v; pytest may have been given -q and -v
+        get_main_parser.cache_clear()
+        return get_main_parser().parse_args(words[1:])

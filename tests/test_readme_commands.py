@@ -12,7 +12,6 @@ import sys
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import typer
@@ -21,7 +20,7 @@ import yaml
 from kvcompress.cli.main import app as kvcompress
 from tests.param_sections import CLASSES
 from tests.project import ROOT, copy_project, run
-from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, program, unknown_flags
+from tests.readme_blocks import commands, indented_blocks, is_shell, mentioned, parsed_by_dvc, program, unknown_flags
 from tests.stage_files import STAGES
 
 PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "inputs/README.md")
@@ -56,13 +55,9 @@ def check_typer(app: typer.Typer, words: list[str], complete: bool) -> None:
 
 def check_dvc(words: list[str], complete: bool) -> None:
     """DVC's own parser takes it; its targets are stages, and its dials those of params.yaml, with values they may have."""
-    from dvc.cli.parser import get_main_parser
-
     if shlex.join(words) in NAMES_OF_TOOLS:
         return
-    with patch.object(sys, "argv", words):  # DVC looks there, too, for -v; pytest may have been given -q and -v
-        get_main_parser.cache_clear()
-        given = get_main_parser().parse_args(words[1:])
+    given = parsed_by_dvc(words)
     if words[1] == "repro" or words[1:3] == ["exp", "run"]:
         assert set(given.targets or ()) <= set(STAGES), given.targets
     values = [dial.split("=", 1) for dial in getattr(given, "set_param", None) or ()]

@@ -8,7 +8,7 @@ import torch
 from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED
 from kvcompress.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
-from kvcompress.facts import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, make_cases
+from kvcompress.facts import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
@@ -31,10 +31,10 @@ def test_cases_have_their_length_and_hold_their_fact() -> None:
 
 
 def test_templates_that_calibrate_never_judge() -> None:
-    uses: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+    uses: dict[Use, list[str]] = {"calibration": [], "evaluation": []}
     for use, found in uses.items():
-        found += [fact for fact, _ in TEMPLATES[use]]  # type: ignore[index]
-        found += [PASSKEY[use][0], PASSKEY[use][1], LOOKUP[use]]  # type: ignore[index]
+        found += [fact for fact, _ in TEMPLATES[use]]
+        found += [PASSKEY[use][0], PASSKEY[use][1], LOOKUP[use]]
     uses["calibration"] += [*(fact for fact, _ in REPEATED), *MONOTONY]
     assert len(set(uses["calibration"]) | set(uses["evaluation"])) == sum(map(len, uses.values()))
     for one in uses["calibration"]:

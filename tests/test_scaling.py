@@ -4,14 +4,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
 
 from tests.project import ROOT, copy_project, run
+from tests.readme_blocks import parsed_by_dvc
 
 RECIPES = ROOT / "recipes"
 SKYPILOT = {"name", "workdir", "num_nodes", "resources", "envs", "file_mounts", "setup", "run"}  # of its task files
@@ -67,7 +66,6 @@ def test_a_shell_recipe_is_bash(name: str) -> None:
 
 def checked(line: str) -> None:
     """A command that a recipe would run: its program takes it."""
-    from dvc.cli.parser import get_main_parser
     from torch.distributed.run import get_args_parser
 
     words = shlex.split(line)
@@ -79,9 +77,7 @@ def checked(line: str) -> None:
         assert given.module
     else:
         assert words[0] == "dvc", line
-        with patch.object(sys, "argv", words):  # DVC looks there, too, for -v; pytest may have been given -q and -v
-            get_main_parser.cache_clear()
-            get_main_parser().parse_args(words[1:])
+        parsed_by_dvc(words)
 
 
 def test_the_slurm_recipe_says_what_it_would_run() -> None:
