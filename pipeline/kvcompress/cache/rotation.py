@@ -42,14 +42,20 @@ class Rotation:
             raise UnsupportedModelError(f"{asker} needs an even number of rotary dimensions, not {dim}")
         return cls(dim, float(rope["rope_theta"]))
 
+    def cos_sin(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the planes' angles at positions `by`, float32 `[..., dim / 2]` each."""
+        angles = by[..., None].float() / wavelengths(self.dim, self.theta, by.device)
+        return angles.cos(), angles.sin()
+
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
         """Turn `[..., query, head_dim]` by positions `by`, integers that broadcast against `[..., query]`."""
-        angles = by[..., None].float() / wavelengths(self.dim, self.theta, vectors.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self.cos_sin(by)
         rotated, rest = vectors[..., : self.dim].float(), vectors[..., self.dim :]
         first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return torch.cat((turned.to(vectors.dtype), rest), dim=-1)
+        turned = torch.cat(
+            (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1
+        ).to(vectors.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 @lru_cache(maxsize=32)

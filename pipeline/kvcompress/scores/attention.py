@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvcompress.scores import launches
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 
@@ -23,15 +24,27 @@ def received(held: Held, last: int | None = None) -> Received:
 
     With `last` earlier queries count for nothing.
     """
-    batch, heads, count = held.keys.shape[:3]
-    total = torch.zeros(batch, heads, count, dtype=torch.float32, device=held.keys.device)
-    queries = torch.zeros_like(total)
-    for weights, visible in blocks(held, last):
-        end = weights.shape[-1]
-        total[..., :end] += weights.sum(3).mean(2)
-        queries[..., :end] += visible.sum(2)
-    found = Received(total, queries)
+    assert held.queries is not None
+    if held.in_order and held.limit is None and launches.can_launch(held.queries, held.keys):
+        found = of_a_text(held.queries if last is None else held.queries[:, :, -last:], held)
+    else:
+        batch, heads, count = held.keys.shape[:3]
+        total = torch.zeros(batch, heads, count, dtype=torch.float32, device=held.keys.device)
+        queries = torch.zeros_like(total)
+        for weights, visible in blocks(held, last):
+            end = weights.shape[-1]
+            total[..., :end] += weights.sum(3).mean(2)
+            queries[..., :end] += visible.sum(2)
+        found = Received(total, queries)
     return found if held.earlier is None or last is not None else held.earlier + found
+
+
+def of_a_text(queries: Tensor, held: Held) -> Received:
+    """The same by a kernel, from the queries of the last columns of a text."""
+    total = launches.received_by_keys(queries, held.keys, held.scaling)
+    asking, count = queries.shape[2], total.shape[2]
+    before = (torch.arange(count, device=total.device) - (count - asking)).clamp_min(0)
+    return Received(total, (asking - before).float().expand_as(total))
 
 
 def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvcompress.cache.rotation import Rotation
+from kvcompress.scores import launches
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score, require_at_least
 
@@ -55,14 +56,7 @@ class ExpectedAttention(Score):
     def rank(self, held: Held) -> Tensor:
         assert held.rotation is not None
         mean, spread = self.future_queries(held, held.rotation)
-        keys = held.keys.contiguous()
-        logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean) * held.scaling
-        if spread is not None:
-            # In the precision of the keys, where that has the range; float16 has not.
-            keys = keys.float() if keys.dtype == torch.float16 else keys
-            spread = (spread * (held.scaling**2 / 2)).to(keys.dtype)
-            for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
-                logits[:, :, i] += (keys @ spread[:, :, i]).mul_(keys).sum(-1, dtype=torch.float32)
+        logits = logits_of(held.keys, mean * held.scaling, None if spread is None else spread * (held.scaling**2 / 2))
         expected = logits.masked_fill(~held.candidates[:, :, None], -float("inf")).softmax(-1).mean(2) + self.epsilon
         return expected * vector_norm(held.values, dim=-1, dtype=torch.float32) if self.value_norm else expected
 
@@ -88,6 +82,20 @@ class ExpectedAttention(Score):
                 centred = centred.bfloat16()
             spread = ahead.mT @ (centred.mT @ centred).float() @ ahead
         return (mean[..., None, :] @ ahead)[..., 0, :], spread
+
+
+def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None) -> Tensor:
+    """k.m + k'Ck of keys `[batch, kv_head, key, head_dim]`, float32 `[batch, kv_head, group, key]`."""
+    if spread is not None and keys.dtype == torch.bfloat16 and launches.can_launch(keys):
+        return launches.gaussian_logits(keys, mean, spread)
+    logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean)
+    if spread is not None:
+        # In the precision of the keys, where that has the range; float16 has not.
+        keys = (keys.float() if keys.dtype == torch.float16 else keys).contiguous()
+        spread = spread.to(keys.dtype)
+        for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
+            logits[:, :, i] += (keys @ spread[:, :, i]).mul_(keys).sum(-1, dtype=torch.float32)
+    return logits
 
 
 @lru_cache(maxsize=8)

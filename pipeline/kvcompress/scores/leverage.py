@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvcompress.errors import InputError
+from kvcompress.scores import launches
 from kvcompress.scores.held import Held
 from kvcompress.scores.non_causal import non_causal
 from kvcompress.scores.pooling import pool
@@ -72,21 +73,29 @@ class Leverage(Score):
 
     def leverage(self, held: Held) -> Tensor:
         """Leverage of each candidate among the candidates, float32 `[batch, kv_head, key]`."""
-        keys, there = held.keys.float(), held.candidates[..., None]
-        if self.unrotate:
-            assert held.rotation is not None
-            keys = held.rotation.turn(keys, -held.positions)
-        keys = keys.masked_fill(~there, 0)
-        keys = (keys - keys.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)).masked_fill(~there, 0)
-        if self.sketch < keys.shape[-1]:
-            keys = keys @ gaussian(keys.shape[-1], self.sketch, self.seed, keys.device)
+        keys, number = self.projected(held), held.candidates.sum(-1).clamp_min(1)[..., None]
         # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
         exact = keys.double()
+        mean = exact.sum(2) / number
+        products = exact.mT @ exact - number[..., None] * mean[..., None] * mean[..., None, :]
         unit = torch.eye(keys.shape[-1], dtype=exact.dtype, device=exact.device)
         # The ridge makes it positive, whatever finite keys there are; to ask whether that worked would wait for the device.
-        factor = torch.linalg.cholesky_ex(exact.mT @ exact + self.ridge * unit).L
+        factor = torch.linalg.cholesky_ex(products + self.ridge * unit).L
         inverse = torch.linalg.solve_triangular(factor.mT, unit, upper=True)
-        return (exact @ inverse).square().sum(-1).float()
+        if launches.can_launch(held.keys):
+            return launches.squared_lengths(keys, mean.float(), inverse.float())
+        return ((exact - mean[..., None, :]) @ inverse).square().sum(-1).float()
+
+    def projected(self, held: Held) -> Tensor:
+        """Keys before rotation, projected, float32 `[batch, kv_head, key, sketch]`; 0 where they are no candidates."""
+        size, turn = held.keys.shape[-1], held.rotation if self.unrotate else None
+        matrix = gaussian(size, self.sketch, self.seed, held.keys.device) if self.sketch < size else None
+        if turn and matrix is not None and held.in_order and launches.can_launch(held.keys):
+            return launches.turned_back(held.keys, held.candidates, turn, matrix)
+        keys = held.keys.float()
+        keys = turn.turn(keys, -held.positions) if turn else keys
+        keys = keys if matrix is None else keys @ matrix
+        return keys.masked_fill(~held.candidates[..., None], 0)
 
 
 @lru_cache(maxsize=8)

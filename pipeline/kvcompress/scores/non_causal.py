@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvcompress.scores import launches
 from kvcompress.scores.attention import MASKED, block_size
 from kvcompress.scores.held import Held
 
@@ -23,6 +24,9 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     absent. Candidates in a chunk without queries get 0.
     """
     if held.in_order:
+        assert held.queries is not None
+        if chunk <= launches.LARGEST_CHUNK and launches.can_launch(held.queries, held.keys):
+            return launches.among_neighbours(held.queries, held.keys, held.candidates, chunk, scale)
         return _of_a_text(held, chunk, scale)
     batch, heads, count = held.keys.shape[:3]
     queries, at = held.grouped_queries, held.at

@@ -1,0 +1,178 @@
+"""When kernels serve a score, and their launches; elsewhere scores go the way of torch's own operations.
+
+Both ways give the same, up to the order of sums.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from math import e, log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache.decode import kernel
+from kvcompress.cache.rotation import Rotation
+
+LARGEST_SIZE = 256  # of a head
+LARGEST_CHUNK = 256  # whose keys a program can hold
+LEAST = 16  # rows and columns of a matrix product
+
+
+@cache
+def can_build() -> bool:
+    """Whether triton is there and can build anything."""
+    return kernel() is not None
+
+
+def can_launch(*tensors: Tensor) -> bool:
+    """Whether the kernels serve such tensors, `[.., head_dim]`: half precision on a GPU of compute capability 8 or more."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and all(tensor.dtype == dtype and tensor.shape[-1] <= LARGEST_SIZE for tensor in tensors)
+        and torch.cuda.get_device_properties(device).major >= 8
+        and can_build()
+    )
+
+
+def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, scale: float) -> Tensor:
+    """`non_causal` of a text: queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`,
+    there bool `[batch, kv_head, token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK."""
+    from kvcompress.scores import attention_kernels
+
+    batch, heads, count, size = keys.shape
+    out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
+    with on(keys.device):
+        attention_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
+            queries.contiguous(),
+            keys.contiguous(),
+            there.contiguous(),
+            out,
+            count,
+            scale * log2(e),
+            GROUP=queries.shape[1] // heads,
+            SIZE=size,
+            CHUNK=chunk,
+            WIDE=keys.device.type == "cpu",
+            ROWS=64,
+            CHUNK_SPAN=power(chunk),
+            SIZE_SPAN=power(size),
+            num_warps=4,
+        )
+    return out
+
+
+def received_by_keys(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Causal attention that the keys `[batch, kv_head, token, head_dim]` of a text receive from the queries of its last
+    tokens, `[batch, query_head, query, head_dim]`, summed, mean over a KV head's query heads: float32 `[batch, kv_head,
+    token]`."""
+    from kvcompress.scores import attention_kernels
+
+    batch, heads, count, size = keys.shape
+    query_heads, asking = queries.shape[1:3]
+    group, rows, columns = query_heads // heads, 64, 64
+    sums = torch.empty(batch, query_heads, asking, dtype=torch.float32, device=keys.device)
+    out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
+    queries, keys = queries.contiguous(), keys.contiguous()
+    sizes = {"GROUP": group, "SIZE": size, "WIDE": keys.device.type == "cpu", "SIZE_SPAN": power(size)}
+    sizes |= {"ROWS": rows, "KEYS": columns}
+    numbers = asking, count, scale * log2(e)
+    with on(keys.device):
+        attention_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
+            queries, keys, sums, *numbers, **sizes, num_warps=4
+        )
+        attention_kernels.received_by_keys[(-(-count // columns), batch * heads)](
+            queries, keys, sums, out, *numbers, **sizes, num_warps=4
+        )
+    return out
+
+
+def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """k.m + k'Ck: keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, spread `[.., head_dim,
+    head_dim]` -> float32 `[batch, kv_head, group, key]`."""
+    from kvcompress.scores import key_kernels
+
+    batch, heads, count, size = keys.shape
+    group, rows = mean.shape[2], 64
+    out = torch.empty(batch, heads, group, count, dtype=torch.float32, device=keys.device)
+    with on(keys.device):
+        key_kernels.gaussian_logits[(-(-count // rows), batch * heads)](
+            keys.contiguous(),
+            mean.float().contiguous(),
+            spread.to(keys.dtype).contiguous(),
+            out,
+            count,
+            GROUP=group,
+            SIZE=size,
+            WIDE=keys.device.type == "cpu",
+            ROWS=rows,
+            SIZE_SPAN=power(size),
+            num_warps=4,
+        )
+    return out
+
+
+def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Tensor) -> Tensor:
+    """Keys `[batch, kv_head, token, head_dim]` of a text before rotation, projected by `[head_dim, sketch]`: float32.
+
+    `there` bool `[batch, kv_head, token]`, others are 0.
+    """
+    from kvcompress.scores import key_kernels
+
+    batch, heads, count, size = keys.shape
+    sketch, half, rest, rows = projection.shape[1], rotation.dim // 2, size - rotation.dim, 64
+    cos, sin = rotation.cos_sin(torch.arange(count, device=keys.device))
+    out = torch.empty(batch, heads, count, sketch, dtype=torch.float32, device=keys.device)
+    with on(keys.device):
+        key_kernels.turned_back[(-(-count // rows), batch * heads)](
+            keys.contiguous(),
+            there.contiguous(),
+            cos,
+            sin,
+            projection.contiguous(),
+            out,
+            count,
+            SIZE=size,
+            HALF=half,
+            SKETCH=sketch,
+            ROWS=rows,
+            HALF_SPAN=power(half),
+            REST_SPAN=power(rest) if rest else 0,
+            SKETCH_SPAN=power(sketch),
+            num_warps=4,
+        )
+    return out
+
+
+def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
+    """|(x - middle) matrix| ** 2: vectors `[batch, kv_head, key, size]`, middle `[batch, kv_head, size]`, matrix `[batch,
+    kv_head, size, size]`, all float32 -> `[batch, kv_head, key]`."""
+    from kvcompress.scores import key_kernels
+
+    batch, heads, count, size = vectors.shape
+    rows = 64
+    out = torch.empty(batch, heads, count, dtype=torch.float32, device=vectors.device)
+    with on(vectors.device):
+        key_kernels.squared_lengths[(-(-count // rows), batch * heads)](
+            vectors.contiguous(),
+            middle.contiguous(),
+            matrix.contiguous(),
+            out,
+            count,
+            SIZE=size,
+            ROWS=rows,
+            SIZE_SPAN=power(size),
+            num_warps=4,
+        )
+    return out
+
+
+def power(least: int) -> int:
+    """The smallest power of two that is not below `least`, nor too small for a matrix product."""
+    return max(LEAST, 1 << (least - 1).bit_length())
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

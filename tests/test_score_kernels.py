@@ -1,0 +1,161 @@
+"""The kernels of scores against torch's own operations in float32.
+
+On a CUDA device the compiled kernels are tested; elsewhere the same tests run once more in triton's interpreter, where
+triton is installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcompress.cache.rotation import Rotation
+from kvcompress.scores import Held, launches, make_score
+from kvcompress.scores.attention import of_a_text, received
+from kvcompress.scores.expected_attention import logits_of
+from kvcompress.scores.leverage import Leverage, gaussian
+from kvcompress.scores.non_causal import non_causal
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON or not (CUDA or INTERPRETED), reason="needs triton and a CUDA device, or TRITON_INTERPRET=1"
+)
+HALF = [torch.bfloat16, torch.float16]
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests here run as they are")
+def test_these_tests_pass_in_tritons_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "passed" in result.stdout
+
+
+def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) -> Held:
+    """Keys and queries of a text in which a third of the keys and all of the first thirty stay."""
+    torch.manual_seed(0)
+    at = torch.arange(count)
+    held = Held(
+        keys=torch.randn(2, heads, count, size).to(DEVICE, dtype),
+        values=torch.randn(2, heads, count, size).to(DEVICE, dtype),
+        positions=at[None, None].to(DEVICE),
+        scaling=size**-0.5,
+        queries=torch.randn(2, heads * group, count, size).to(DEVICE, dtype),
+        query_positions=at[None].to(DEVICE),
+        in_order=True,
+    )
+    return replace(held, stays=((torch.rand(2, heads, count) < 0.3) | (at < 30)).to(DEVICE))
+
+
+def wide(held: Held) -> Held:
+    """The same numbers in float32, which no kernel takes."""
+    return replace(held, **{name: getattr(held, name).float() for name in ("keys", "values", "queries")})
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("count", "size", "group", "chunk"),
+    [(70, 16, 1, 16), (130, 64, 3, 30), (90, 24, 2, 7), (300, 80, 1, 256), (40, 128, 4, 256)],
+)
+def test_attention_among_neighbours(count, size, group, chunk, dtype):
+    held = text(count, size, group, dtype)
+    found = launches.among_neighbours(held.queries, held.keys, held.candidates, chunk, 0.7)
+    torch.testing.assert_close(found, non_causal(wide(held), chunk, 0.7), atol=2e-5, rtol=2e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("count", "size", "group", "last"),
+    [(70, 16, 1, None), (300, 64, 3, None), (150, 24, 2, 9), (129, 80, 1, 64), (200, 128, 4, 130), (20, 16, 2, 64)],
+)
+def test_attention_that_keys_receive(count, size, group, last, dtype):
+    held = text(count, size, group, dtype)
+    found = of_a_text(held.queries if last is None else held.queries[:, :, -last:], held)
+    expected = received(wide(held), last)
+    torch.testing.assert_close(found.total, expected.total, atol=2e-5, rtol=2e-5)
+    assert torch.equal(found.queries, expected.queries)
+
+
+@needs_triton
+@pytest.mark.parametrize(("count", "size", "group"), [(70, 16, 1), (130, 64, 3), (20, 80, 2), (65, 128, 4)])
+def test_logits_of_gaussian_queries(count, size, group):
+    held = text(count, size, group, torch.bfloat16)
+    mean = torch.randn(2, 2, group, size, device=DEVICE)
+    spread = torch.randn(2, 2, group, size, size, device=DEVICE) / size
+    found = launches.gaussian_logits(held.keys, mean, spread)
+    expected = logits_of(held.keys.float(), mean, spread.bfloat16().float())
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("count", "size", "turning", "sketch"), [(70, 64, 64, 48), (130, 24, 8, 6), (20, 80, 20, 20), (65, 128, 128, 48)]
+)
+def test_keys_before_rotation(count, size, turning, sketch, dtype):
+    held = replace(text(count, size, 1, dtype), rotation=Rotation(turning, 100.0))
+    projection = gaussian(size, sketch, 3, DEVICE)
+    found = launches.turned_back(held.keys, held.candidates, held.rotation, projection)
+    expected = Leverage(sketch=sketch, seed=3).projected(wide(held))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize(("count", "size"), [(70, 48), (20, 6), (65, 128)])
+def test_squared_lengths(count, size):
+    torch.manual_seed(0)
+    vectors, middle, matrix = (
+        torch.randn(2, 3, *shape, device=DEVICE) for shape in ((count, size), (size,), (size, size))
+    )
+    expected = ((vectors - middle[:, :, None]) @ matrix).square().sum(-1)
+    torch.testing.assert_close(launches.squared_lengths(vectors, middle, matrix), expected, atol=1e-3, rtol=1e-4)
+
+
+LAUNCHED = {
+    "leverage": {"among_neighbours", "turned_back", "squared_lengths"},
+    "snapkv": {"received_by_keys"},
+    "accumulated_attention": {"received_by_keys"},
+    "expected_attention": {"gaussian_logits"},
+}
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
+    held, score, launched = text(600, 64, 3, dtype), make_score(name), set()
+    held = replace(held, rotation=Rotation(64, 100.0))
+    for launch in set.union(*LAUNCHED.values()):
+        real = getattr(launches, launch)
+        noted = lambda *args, real=real, launch=launch: (launched.add(launch), real(*args))[1]  # noqa: E731
+        monkeypatch.setattr(launches, launch, noted)
+    found = score(held)
+    # Powers of Gaussian queries leave the range of float16: that goes without a kernel.
+    assert launched == (set() if name == "expected_attention" and dtype == torch.float16 else LAUNCHED[name])
+    monkeypatch.setattr(launches, "can_launch", lambda *tensors: False)
+    expected, free = score(held), held.candidates
+    # Without the kernel, products of bfloat16 are rounded to it on their way.
+    error = (found[free] - expected[free]).abs() / expected[free].abs().mean()
+    assert error.max() < (5e-2 if name == "expected_attention" else 1e-3)
+    torch.testing.assert_close(found[~free], expected[~free])
+
+
+def test_float32_and_cpus_go_without():
+    held = text(50, 16, 1, torch.float32)
+    assert not launches.can_launch(held.queries, held.keys)
+    if not CUDA:
+        assert not launches.can_launch(held.queries.bfloat16(), held.keys.bfloat16())
