@@ -4,12 +4,7 @@ On a CUDA device the compiled kernels are tested; elsewhere the same tests run o
 triton is installed.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,27 +15,14 @@ from kvcompress.scores.attention import of_a_text, received
 from kvcompress.scores.expected_attention import logits_of
 from kvcompress.scores.leverage import Leverage, gaussian
 from kvcompress.scores.non_causal import non_causal
+from tests.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
 
-ROOT = Path(__file__).resolve().parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON or not (CUDA or INTERPRETED), reason="needs triton and a CUDA device, or TRITON_INTERPRET=1"
-)
 HALF = [torch.bfloat16, torch.float16]
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests here run as they are")
+@only_where_interpreted
 def test_these_tests_pass_in_tritons_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "passed" in result.stdout
+    run_interpreted(__file__)
 
 
 def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) -> Held:

@@ -5,13 +5,7 @@ triton's interpreter, which must be chosen before triton is loaded; they are sma
 runs one program after the other: only a GPU tells whether the merge of partial results is free of races.
 """
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,41 +15,24 @@ from kvcompress.cache.decode import Part, Tuning, can_decode, table_of
 from kvcompress.evaluation.kernel_cost import Layer, Shape
 from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
-
-ROOT = Path(__file__).resolve().parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-
-
-def release(package):
-    """Major and minor version."""
-    return tuple(int(number) for number in version(package).split(".")[:2])
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON or not (CUDA or INTERPRETED), reason="needs triton and a CUDA device, or TRITON_INTERPRET=1"
+from tests.triton_tools import (
+    CUDA,
+    DEVICE,
+    needs_cuda,
+    needs_triton,
+    only_where_interpreted,
+    run_interpreted,
 )
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
 # The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3 if CUDA else 8e-3}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POISON = float("nan")
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.skipif(
-    HAS_TRITON and release("triton") < (3, 7) and release("numpy") >= (2, 4),
-    reason="the interpreter before triton 3.7 cannot count to a number on the device with numpy 2.4",
-)
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests here run as they are")
+@only_where_interpreted
 def test_these_tests_pass_in_tritons_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "passed" in result.stdout
+    run_interpreted(__file__)
 
 
 def make(batch, lengths, group, size, value_size, dtype, spare=5, same_block=False):

@@ -188,7 +188,7 @@ def decode(
         scratch = Scratch.of(*needs, device)
     query, *fresh = (t if t.stride(2) == 1 else t.contiguous() for t in (query, *(new or (query, query))))
     out = torch.empty(batch, query_heads, value_size, dtype=query.dtype, device=device)
-    span, overlapping = _power(group), overlaps(device)
+    span, overlapping = power_from(group), overlaps(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel().decode_heads[(programs,)](
             query,
@@ -222,8 +222,8 @@ def decode(
             BLOCK=tuning.block,
             ROWS=max(span, 16),
             SPAN=span,
-            HEADS_SPAN=_power(heads),
-            BATCH_SPAN=1 if pads is None else _power(batch),
+            HEADS_SPAN=power_from(heads),
+            BATCH_SPAN=1 if pads is None else power_from(batch),
             KEY_LARGE=key_large,
             KEY_SMALL=key_small,
             VALUE_LARGE=value_large,
@@ -236,14 +236,14 @@ def decode(
     return out, scratch
 
 
-def _power(least: int) -> int:
+def power_from(least: int) -> int:
     """The smallest power of two that is not below `least`."""
     return 1 << (least - 1).bit_length()
 
 
 def _halves(size: int, least: int = 16) -> tuple[int, int]:
     """A head size as the sum of two powers of two from `least` up, or of one and 0, with as little to spare as can be."""
-    whole = max(_power(size), least)
+    whole = max(power_from(size), least)
     large = whole // 2
-    small = max(_power(size - large), least)
+    small = max(power_from(size - large), least)
     return (large, small) if large >= least and size < whole and large + small < whole else (whole, 0)

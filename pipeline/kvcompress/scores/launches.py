@@ -4,25 +4,18 @@ Both ways give the same, up to the order of sums.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from math import e, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.cache.decode import kernel
+from kvcompress.cache.decode import kernel, power_from, processors
 from kvcompress.cache.rotation import Rotation
 
 LARGEST_SIZE = 256  # of a head
 LARGEST_CHUNK = 256  # whose keys a program can hold
 LEAST = 16  # rows and columns of a matrix product
-
-
-@cache
-def can_build() -> bool:
-    """Whether triton is there and can build anything."""
-    return kernel() is not None
 
 
 def can_launch(*tensors: Tensor) -> bool:
@@ -32,8 +25,8 @@ def can_launch(*tensors: Tensor) -> bool:
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and all(tensor.dtype == dtype and tensor.shape[-1] <= LARGEST_SIZE for tensor in tensors)
-        and torch.cuda.get_device_properties(device).major >= 8
-        and can_build()
+        and processors(device) > 0
+        and kernel() is not None
     )
 
 
@@ -171,7 +164,7 @@ def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
 
 def power(least: int) -> int:
     """The smallest power of two that is not below `least`, nor too small for a matrix product."""
-    return max(LEAST, 1 << (least - 1).bit_length())
+    return max(LEAST, power_from(least))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
