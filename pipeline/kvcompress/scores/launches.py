@@ -115,7 +115,7 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
     from kvcompress.scores import key_kernels
 
     batch, heads, count, size = keys.shape
-    sketch, half, rest, rows = projection.shape[1], rotation.dim // 2, size - rotation.dim, 64
+    sketch, half, rest, rows = projection.shape[1], rotation.dim // 2, size - rotation.dim, 128
     cos, sin = rotation.cos_sin(torch.arange(count, device=keys.device))
     out = torch.empty(batch, heads, count, sketch, dtype=torch.float32, device=keys.device)
     with on(keys.device):
@@ -134,7 +134,7 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
             HALF_SPAN=power(half),
             REST_SPAN=power(rest) if rest else 0,
             SKETCH_SPAN=power(sketch),
-            num_warps=4,
+            num_warps=8,
         )
     return out
 
@@ -145,7 +145,7 @@ def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
     from kvcompress.scores import key_kernels
 
     batch, heads, count, size = vectors.shape
-    rows = 64
+    rows = 128
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=vectors.device)
     with on(vectors.device):
         key_kernels.squared_lengths[(-(-count // rows), batch * heads)](

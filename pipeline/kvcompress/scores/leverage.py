@@ -69,7 +69,8 @@ class Leverage(Score):
         attention = attention * vector_norm(held.values, dim=-1, dtype=torch.float32)
         places = held.positions.where(held.candidates, -1)
         attention = pool(attention, places, self.kernel // 2, "mean", held.in_order)
-        return self.blend * standard(self.leverage(held), held.candidates) + standard(attention, held.candidates)
+        leverage, attention = standard(torch.stack((self.leverage(held), attention)), held.candidates)
+        return self.blend * leverage + attention
 
     def leverage(self, held: Held) -> Tensor:
         """Leverage of each candidate among the candidates, float32 `[batch, kv_head, key]`."""
@@ -106,7 +107,7 @@ def gaussian(size: int, sketch: int, seed: int, device: torch.device) -> Tensor:
 
 
 def standard(scores: Tensor, there: Tensor) -> Tensor:
-    """Zero mean and unit deviation over the keys that are `there`, within a KV head, `[batch, kv_head, key]`."""
+    """Zero mean and unit deviation over the keys that are `there`, within a KV head, `[.., batch, kv_head, key]`."""
     number = there.sum(-1, keepdim=True).clamp_min(1)
     centred = scores.masked_fill(~there, 0)
     centred = (centred - centred.sum(-1, keepdim=True) / number).masked_fill(~there, 0)
