@@ -42,8 +42,18 @@ def main(
     sensitivity.require_model(record.id, record.revision, path)
     itemsize = {"float32": 4}.get(sensitivity.origin.get("dtype", ""), 2)
     classes = data_dir / "refined_classifications.json"
-    context, seed = settings.context_length, settings.random_seed
-    planner = Planner(sensitivity, record.id, record.head_dim, itemsize, context, settings.balance, classes, seed)
+    context = settings.context_length
+    planner = Planner(
+        sensitivity,
+        record.id,
+        record.head_dim,
+        itemsize,
+        context,
+        settings.balance,
+        classes,
+        settings.random_seed,
+        early=settings.early,
+    )
     budgets = [Budget.parse(size) for size in settings.sizes]
     with replaced_folder(output_dir) as folder:
         place = plans_of(folder, record.id)

@@ -54,6 +54,7 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
         ("The parcel of {who} lies on the shelf {value}.", "The parcel of {who} lies on the shelf"),
         ("The ferry of {who} leaves from the pier {value}.", "The ferry of {who} leaves from the pier"),
         ("The portrait of {who} hangs above the desk {value}.", "The portrait of {who} hangs above the desk"),
+        ("The barrels of {who} were stored in cellar {value}.", "The barrels of {who} were stored in cellar"),
     ),
 }
 

@@ -72,6 +72,9 @@ def plan(
     balance: Annotated[
         float | None, typer.Option(min=0, help="Nats a token that far questions are worth [default: the library's].")
     ] = None,
+    early: Annotated[
+        float | None, typer.Option(min=1, help="How much select favours early layers [default: the library's].")
+    ] = None,
     sensitivity: Annotated[
         Path | None,
         typer.Option(
@@ -141,7 +144,7 @@ def plan(
             print(f"prices are in {prices}; with --sensitivity {prices} the next plan needs no measuring", flush=True)
     written = []
     for amount in amounts:
-        made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found)
+        made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found, early=early)
         place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
         made.save(place)
         size = made.nbytes(context, record.head_dim, loaded.dtype.itemsize)

@@ -146,6 +146,10 @@ def main(
     sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
     recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
     window: Annotated[list[int], typer.Option(help="Also with a window of so many keys (repeatable).")] = [],  # noqa: B006
+    balance: Annotated[
+        float, typer.Option(min=0, help="Nats a token that far questions are worth.")
+    ] = BudgetParams().balance,
+    early: Annotated[float, typer.Option(min=1, help="How much select favours early layers.")] = BudgetParams().early,
     growing: Annotated[
         bool, typer.Option("--growing", help="Half of the continuation more, as a growing cache.")
     ] = False,
@@ -186,13 +190,14 @@ def main(
             "growing": growing,
             "calibration": calibration,
             "policies": policies if sensitivity else [],
+            "balance": balance,
+            "early": early,
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
             "retrieval_per_depth": retrieval_per_depth,
             "tasks": asked,
         }
         choosing, prices = Choosing(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
-        spending = BudgetParams()
 
         def compete(tokens: int, end: int, more: int) -> dict[str, Contender]:
             found = select_contenders(
@@ -205,8 +210,9 @@ def main(
                     record.head_dim,
                     4,
                     end,
-                    spending.balance,
+                    balance,
                     choosing=choosing,
+                    early=early,
                 )
                 found |= policy_contenders(planner, policies, share, tokens, choosing, more)
             return found

@@ -11,7 +11,8 @@ class BudgetParams(SectionParams):
     """One plan for every policy and budget: a share (`25%`), `512 tokens` for each head, or bytes (`40 MB`).
 
     Budgets count at a context of `context_length` tokens. `balance`: nats a token of text that it is worth to answer every
-    question about a far fact; 0 looks at text alone.
+    question about a far fact; 0 looks at text alone. `early`: by how much plans of `select` favour the first third of the
+    layers, against the others, beyond what prices say; 1 goes by prices alone.
     """
 
     section = "budgets"
@@ -20,4 +21,5 @@ class BudgetParams(SectionParams):
     policies: Annotated[list[Name], Field(min_length=1)] = ["uniform", "priced"]
     context_length: Annotated[int, Field(ge=64)] = 2048
     balance: Annotated[float, Field(ge=0)] = 0.1
+    early: Annotated[float, Field(ge=1)] = 2.0
     random_seed: Annotated[int, Field(ge=0)] = 0

@@ -87,6 +87,16 @@ class ChoosingPricing:
         ways = np.array(allowed)[taken]
         return Priced(held, full, float(text[taken, np.arange(self.heads)].sum()), self.success(held, ways), ways)
 
+    def expected(self, held: np.ndarray, ways: np.ndarray, full: int) -> Priced:
+        """What is expected of heads that have these slots and use them in these ways, `full` of them full for facts."""
+        text = interpolated(self.sizes, np.stack([way.text for way in self.ways]), held)  # [way, head]
+        return Priced(held, full, float(text[ways, np.arange(self.heads)].sum()), self.success(held, ways), ways)
+
+    def least(self, held: np.ndarray, ways: np.ndarray) -> np.ndarray:
+        """Slots below which a head's way was not measured, `[head]`, or what it holds where that is fewer."""
+        smallest = np.array([self.sizes[np.argmax((way.text < NEVER).all(1))] for way in self.ways])
+        return np.minimum(smallest[ways], held)
+
     def success(self, held: np.ndarray, ways: np.ndarray) -> float:
         """Expected probability that a token of an answer is still right (`pricing`).
 

@@ -25,13 +25,15 @@ def make_plan(
     classifications: str | Path | None = None,
     sensitivity: Sensitivity | None = None,
     params: SensitivityParams | None = None,
+    early: float | None = None,
 ) -> RetentionPlan:
     """Price the model's heads on `texts` and spend `budget` on them.
 
     budget: a share (`0.25`, `"25%"`), `"512 tokens"` for each head, or bytes (`"40 MB"`), at a context of `context_length`
     tokens (default: the length of the documents that heads are priced on, `params.max_tokens`). balance: nats a token of
     text that answering every far question is worth. `sensitivity`: what an earlier call measured
-    (`measure_sensitivity`), to make several plans from it. Raises `InputError` for texts too short or a wrong budget.
+    (`measure_sensitivity`), to make several plans from it. early: how much the policy `select` favours the first third of
+    the layers beyond their prices, 1 for not at all. Raises `InputError` for texts too short or a wrong budget.
     """
     amount = Budget.parse(budget)
     if isinstance(texts, str):
@@ -49,5 +51,6 @@ def make_plan(
         context_length or found.context,
         spending.balance if balance is None else balance,
         None if classifications is None else Path(classifications),
+        early=spending.early if early is None else early,
     )
     return planner.plan(policy, amount)

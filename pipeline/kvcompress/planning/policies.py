@@ -15,9 +15,10 @@ from kvcompress.heads import load_classifications
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import ChoosingPricing
+from kvcompress.planning.early import favour, is_early
 from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
-from kvcompress.planning.spending import level
+from kvcompress.planning.spending import level, scaled
 from kvcompress.retention import FULL, Retention
 
 
@@ -26,7 +27,8 @@ class Planner:
     """Makes plans for one model at one context length.
 
     `balance`: nats a token of text that it is worth to answer every question about far facts. `classifications`: the class
-    table's file, needed by its two policies alone. `choosing`: how a cache of the policy `select` chooses keys.
+    table's file, needed by its two policies alone. `choosing`: how a cache of the policy `select` chooses keys; `early`:
+    how much more than by price its plans give to early layers (`kvcompress.planning.early`), 1 for prices alone.
     """
 
     sensitivity: Sensitivity
@@ -38,6 +40,7 @@ class Planner:
     classifications: Path | None = None
     seed: int = 0
     choosing: Choosing = field(default_factory=Choosing)
+    early: float = 1.0
     _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -149,12 +152,7 @@ def class_table_scaled(planner: Planner, budget: Budget) -> RetentionPlan:
     """The class table's slots, all multiplied by one factor so that they meet the budget."""
     table, slots = class_table(planner, budget), planner.slots(budget)
     shape = np.array([float(kept.held(planner.context)) for layer in table.layers for kept in layer]).clip(1)
-    low, high = 0.0, float(planner.context)
-    for _ in range(60):
-        middle = (low + high) / 2
-        spent = int((middle * shape).clip(1, planner.context).astype(int).sum())
-        low, high = (middle, high) if spent <= slots else (low, middle)
-    held = (low * shape).clip(1, planner.context).astype(int)
+    held = scaled(shape, slots, 1, planner.context)
     rest = slots - int(held.sum())  # what rounding left over: one slot each to the first that have room
     held[np.flatnonzero(held < planner.context)[: max(rest, 0)]] += 1
     return planner.of_slots(held, "class_table_scaled", budget)
@@ -185,12 +183,23 @@ def affordable(planner: Planner, budget: Budget, menu: Sequence[int]) -> Priced 
     """The best division in these ways that leaves room for the queries it needs; None where there is too little."""
     pricing, slots, spare = planner.choosing_pricing, planner.slots(budget), 0
     while slots - spare >= planner.heads:  # which layers choose, and so keep queries, depends on the division
-        found = pricing.best(slots - spare, planner.balance, menu)
+        found = favoured(planner, pricing.best(slots - spare, planner.balance, menu))
         needed = evidence_slots(selective(planner, found, budget), planner.choosing)
         if needed <= spare:
             return replace(found, held=level(found.held, planner.context, spare - needed))
         spare = needed
     return None
+
+
+def favoured(planner: Planner, found: Priced) -> Priced:
+    """The same ways with more slots for early layers, and what is expected of that."""
+    pricing, shape = planner.choosing_pricing, planner.sensitivity
+    if planner.early == 1:
+        return found
+    assert found.ways is not None
+    early = is_early(shape.layers, shape.kv_heads)
+    held = favour(found.held, early, planner.early, pricing.least(found.held, found.ways), planner.context)
+    return pricing.expected(held, found.ways, found.retrieval_heads)
 
 
 def selective(planner: Planner, found: Priced, budget: Budget) -> RetentionPlan:

@@ -73,6 +73,19 @@ def spend(
     return level(held, most, left)
 
 
+def scaled(shape: np.ndarray, slots: int, least: int | np.ndarray = 1, most: int | np.ndarray = 2**31) -> np.ndarray:
+    """Whole slots in proportion to `shape`, within `least` and `most`, together as many as fit into `slots`."""
+
+    def at(factor: float) -> np.ndarray:
+        return np.clip(np.floor(factor * shape), least, most).astype(int)
+
+    low, high = 0.0, float(slots)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if int(at(middle).sum()) <= slots else (low, middle)
+    return at(low)
+
+
 def level(held: np.ndarray, most: int, left: int) -> np.ndarray:
     """Give `left` more slots, the poorest heads first, until all have the same."""
     order = np.argsort(held, kind="stable")
