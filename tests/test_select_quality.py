@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache import Choosing, judged, recorded_choices
 from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
+from kvcompress.evaluation import select_quality
 from kvcompress.evaluation.ablation import run_ablation
 from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders, select_contenders
+from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_continuation
 from kvcompress.evaluation.select_quality import app
 from kvcompress.facts import make_cases
@@ -194,3 +197,28 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     assert "--score is 'magic', expected one of key_norm" in failed.output
     failed = CliRunner().invoke(app, [*where, "--task", "magic"])
     assert "--task is 'magic', expected one of passkey" in failed.output
+
+
+def test_facts_stream_in_where_asked_to_and_another_seed_makes_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, corpus = save_tiny("llama", tmp_path / "model"), tmp_path / "corpus" / "evaluation"
+    corpus.mkdir(parents=True)
+    (corpus / "text.txt").write_text(prose(80, 1))
+    heard = []
+
+    def listened(model: Any, cases: Any, contenders: Any, prefill: str, chunk_size: int) -> Any:
+        heard.append((prefill, [case.answer for case in cases]))
+        return retrieve(model, cases, contenders, prefill, chunk_size, progress=False)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(select_quality, "retrieve", listened)
+    flags = ["--model", str(folder), "--corpus", str(corpus.parent), "--device", "cpu", "--score", "key_norm"]
+    flags += ["--context", "96", "--continuation", "32", "--documents-per-text", "1", "--retrieval-length", "160"]
+    flags += ["--retrieval-depths", "2", "--task", "passkey", "--output", str(tmp_path / "quality.json")]
+    for more in ([], ["--streaming", "--retrieval-seed", "5"]):
+        result = CliRunner().invoke(app, [*flags, *more])
+        assert result.exit_code == 0, result.output
+    assert [prefill for prefill, _ in heard] == ["exact", "streaming"]
+    assert heard[0][1] != heard[1][1]
+    settings = json.loads((tmp_path / "quality.json").read_text())["settings"]
+    assert (settings["retrieval_seed"], settings["retrieval_prefill"]) == (5, "streaming")

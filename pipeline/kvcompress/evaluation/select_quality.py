@@ -23,6 +23,7 @@ from kvcompress import ranks
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.artifacts import read_model, write_json
 from kvcompress.cache.choices import Choosing
+from kvcompress.cache.layer import Prefill
 from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
@@ -40,6 +41,7 @@ from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores import SCORES
 
+STREAMED = 1024  # tokens a pass, where contexts stream in
 app = typer.Typer(add_completion=False)
 
 
@@ -68,19 +70,20 @@ def select_rows(
     context: int,
     asked: Mapping[str, Contender] | None = None,
     chunk_size: int = 64,
+    prefill: Prefill = "exact",
 ) -> list[dict[str, Any]]:
     """One row a contender: bytes over the continuation, its perplexity by text and pooled, facts found, the rival.
 
     `mean_share` is that of the mean bytes over the run, after the context and every `chunk_size` tokens after it, in the
     full cache's. `nll_over` is the difference to everyone else of the same bytes, nats a token, with an interval.
     `contenders` have the full cache among them. `asked` are who has their names in the retrieval, where contexts of
-    another length make other sizes of the same share; None for the same.
+    another length make other sizes of the same share; None for the same. `prefill`: how contexts with facts are read.
     """
     compressors, asking = (
         {name: contender.compressor for name, contender in found.items()} for found in (contenders, asked or contenders)
     )
     scores = score_continuation(model, batch, compressors, context, chunk_size)
-    found = retrieve(model, cases, asking)
+    found = retrieve(model, cases, asking, prefill, STREAMED)
     rows = []
     for name, contender in contenders.items():
         score, full = scores[name], scores[FULL_CACHE]
@@ -142,6 +145,10 @@ def main(
     retrieval_length: Annotated[int, typer.Option(min=64, help="Tokens that hide a fact.")] = 2000,
     retrieval_depths: Annotated[int, typer.Option(min=1, help="Places of the fact.")] = 20,
     retrieval_per_depth: Annotated[int, typer.Option(min=1, help="Facts of each task at every place.")] = 1,
+    retrieval_seed: Annotated[int, typer.Option(min=0, help="Another number, other facts.")] = 0,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Contexts with facts stream in, instead of one exact pass.")
+    ] = False,
     task: Annotated[list[str] | None, typer.Option(help="Kinds of facts [default: all].")] = None,
     sinks: Annotated[int, typer.Option(min=0, help="Sinks of every head.")] = 4,
     recent: Annotated[float, typer.Option(help="Part of the other slots that is a window.")] = 0.5,
@@ -175,8 +182,9 @@ def main(
         policies = policy or ["select"]
         asked: list[Task] = [name for name in TASKS if name in (task or TASKS)]
         cases = make_cases(
-            tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, use=use, tasks=asked
+            tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, retrieval_seed, use, asked
         )
+        prefill: Prefill = "streaming" if streaming else "exact"
         settings = {
             "shares": share,
             "sinks": sinks,
@@ -195,6 +203,8 @@ def main(
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
             "retrieval_per_depth": retrieval_per_depth,
+            "retrieval_seed": retrieval_seed,
+            "retrieval_prefill": prefill,
             "tasks": asked,
         }
         choosing, prices = Choosing(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
@@ -219,7 +229,7 @@ def main(
 
         contenders = compete(context, context + continuation, continuation // 2 if growing else 0)
         asking = compete(retrieval_length, retrieval_length, 0)
-        rows = select_rows(loaded, batch, cases, contenders, context, asking)
+        rows = select_rows(loaded, batch, cases, contenders, context, asking, prefill=prefill)
         if not ranks.leave():  # every process has all, one writes it
             return
     print(table(rows))
