@@ -53,6 +53,10 @@ class Slow:
     def candidates(self, b: int, h: int) -> list[int]:
         return [k for k in self.real(b, h) if not self.stays[b, h, k]]
 
+    def at_most(self, most: int | None) -> range:
+        """Queries at equal distances, the last one first."""
+        return range(self.asked - 1, -1, -math.ceil(self.asked / (most or self.asked)))
+
     def heads_of(self, h: int) -> range:
         return range(h * self.group, (h + 1) * self.group)
 
@@ -61,10 +65,10 @@ class Slow:
         total = sum(math.exp(logit - top) for logit in logits.values())
         return {k: math.exp(logit - top) / total for k, logit in logits.items()}
 
-    def attention(self, b: int, h: int, last: int | None = None) -> tuple[dict[int, float], dict[int, int]]:
-        """Attention that keys received, mean over the query heads, and the number of queries that could see each."""
+    def attention(self, b: int, h: int, some: range) -> tuple[dict[int, float], dict[int, int]]:
+        """Attention that keys received from some queries, mean over the query heads, and how many of these could see each."""
         total, number = {k: 0.0 for k in self.real(b, h)}, {k: 0 for k in self.real(b, h)}
-        for q in range(self.asked)[-last if last else None :]:
+        for q in some:
             place, limit = self.asked_at[b][q], self.held.limit
             seen = [k for k in self.real(b, h) if self.at[b][h][k] <= place]
             seen = [k for k in seen if limit is None or self.at[b][h][k] > place - limit]
@@ -92,12 +96,12 @@ class Slow:
         return {k: -float(keys[k] @ anchor / (keys[k].norm() * anchor.norm())) for k in self.real(b, h)}
 
     def snapkv(self, score, b, h):
-        total, number = self.attention(b, h, score.window)
+        total, number = self.attention(b, h, range(self.asked)[-score.window :])
         mean = {k: total[k] / max(number[k], 1) for k in total}
         return self.pooled(mean, b, h, score.kernel // 2, score.pooling)
 
     def accumulated_attention(self, score, b, h):
-        total, number = self.attention(b, h)
+        total, number = self.attention(b, h, self.at_most(score.most))
         if self.held.earlier is not None:
             for k in total:
                 total[k] += float(self.held.earlier.total[b, h, k])
@@ -108,8 +112,7 @@ class Slow:
         rotation, scale, keys = self.held.rotation, self.held.scaling, self.keys[b, h]
         candidates, out = self.candidates(b, h), dict.fromkeys(self.real(b, h), 0.0)
         for head in self.heads_of(h):
-            step = math.ceil(self.asked / score.most)
-            some = range(self.asked - 1, -1, -step)
+            some = self.at_most(score.most)
             of = [q for q in some if self.asked_at[b][q] >= score.skip]
             of = of or [q for q in some if self.asked_at[b][q] >= 0]
             plain = [rotated(self.queries[b, head, q], -self.asked_at[b][q], rotation.dim, rotation.theta) for q in of]

@@ -11,7 +11,7 @@ import torch
 
 from kvcompress.cache.rotation import Rotation
 from kvcompress.scores import Held, launches, make_score
-from kvcompress.scores.attention import of_a_text, received
+from kvcompress.scores.attention import of_a_text, received, which
 from kvcompress.scores.expected_attention import logits_of
 from kvcompress.scores.leverage import Leverage, gaussian
 from kvcompress.scores.non_causal import non_causal
@@ -61,13 +61,24 @@ def test_attention_among_neighbours(count, size, group, chunk, dtype):
 @needs_triton
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
-    ("count", "size", "group", "last"),
-    [(70, 16, 1, None), (300, 64, 3, None), (150, 24, 2, 9), (129, 80, 1, 64), (200, 128, 4, 130), (20, 16, 2, 64)],
+    ("count", "size", "group", "last", "most"),
+    [
+        (70, 16, 1, None, None),
+        (300, 64, 3, None, None),
+        (150, 24, 2, 9, None),
+        (129, 80, 1, 64, 1000),
+        (200, 128, 4, 130, None),
+        (20, 16, 2, 64, 20),
+        (300, 64, 2, None, 299),
+        (260, 16, 1, None, 86),
+        (300, 32, 3, 200, 66),
+        (90, 16, 1, None, 1),
+    ],
 )
-def test_attention_that_keys_receive(count, size, group, last, dtype):
+def test_attention_that_keys_receive(count, size, group, last, most, dtype):
     held = text(count, size, group, dtype)
-    found = of_a_text(held.queries if last is None else held.queries[:, :, -last:], held)
-    expected = received(wide(held), last)
+    found = of_a_text(held, which(count, last, most))
+    expected = received(wide(held), last, most)
     torch.testing.assert_close(found.total, expected.total, atol=2e-5, rtol=2e-5)
     assert torch.equal(found.queries, expected.queries)
 

@@ -20,7 +20,8 @@ VARIANTS = [
     ("expected_attention", {"most": 9}),
     ("leverage", {"sketch": 6, "chunk": 16, "seed": 3, "scale": None}),
     ("leverage", {"unrotate": False, "chunk": 7, "kernel": 5, "ridge": 1.0, "blend": 2.0}),
-    ("accumulated_attention", {"per_query": False}),
+    ("accumulated_attention", {"per_query": False, "most": None}),
+    ("accumulated_attention", {"most": 9}),
 ]
 
 
@@ -33,6 +34,17 @@ def test_score_is_its_definition(name: str, parameters: dict, case: str, monkeyp
     found, expected = score(held), Slow(held).answer(name, score)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("parameters", [{}, {"chunk": 7}, {"chunk": 16, "scale": None}], ids=str)
+def test_leverage_of_many_queries_is_its_definition_too(
+    parameters: dict, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcompress.scores.non_causal.FEW", 0)
+    monkeypatch.setattr("kvcompress.scores.non_causal.block_size", lambda weights, device: 6)
+    held, score = CASES[case](), make_score("leverage", **parameters)
+    assert torch.allclose(score(held).double(), Slow(held).answer("leverage", score), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SCORES)

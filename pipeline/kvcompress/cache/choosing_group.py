@@ -6,17 +6,16 @@ of those slots with rows of the ring. `positions` goes on saying what a slot's c
 what decides how long a row of the ring is seen; `places` says what really lies there.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kvcompress.cache.choices import Choice, Choosing
+from kvcompress.cache.exchange import Evidence, Exchange, Known
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.storage import Meter, storage_bytes
 from kvcompress.errors import CacheUseError
 from kvcompress.retention import Retention
@@ -25,19 +24,9 @@ from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What scores know besides keys: the queries `[batch, kv_head, group, query, head_dim]` of the columns just before
-    the choice (None for scores that need none), what multiplies products of queries and keys, padding and rotation."""
-
-    queries: Tensor | None
-    scaling: float
-    padding: Padding
-    rotation: Rotation | None
-
-
 class ChoosingGroup(Group):
-    """Storage of the KV heads `heads`, which all keep `wanted`; `due` is the column before which they choose next."""
+    """Storage of the KV heads `heads`, which all keep `wanted`; `due` is the column before which they choose next, `known`
+    what is known since they last did."""
 
     def __init__(self, wanted: Retention, heads: Iterable[int], meter: Meter, choosing: Choosing) -> None:
         super().__init__(Retention(wanted.sinks + wanted.chosen, wanted.window), heads, meter)
@@ -50,40 +39,48 @@ class ChoosingGroup(Group):
         assert self.capacity is not None
         self.due = self.capacity
         self._chosen_at = 0
-        self._places: Tensor | None = None  # int32 [batch, head, slot], as they were after the last choice
-        self._earlier: Received | None = None  # of the same slots, for scores that accumulate
+        self.known: Known | None = None
 
     @property
     def evidence_nbytes(self) -> int:
         """Bytes kept besides K and V."""
-        sums = () if self._earlier is None else (self._earlier.total, self._earlier.queries)
-        return storage_bytes((*sums, *(() if self._places is None else (self._places,))))
+        return storage_bytes(self.known.tensors) if self.known else 0
 
     def places(self, padding: Padding, device: torch.device) -> Tensor:
         """The real position of the key in each slot in use, int64 `[batch or 1, head, slot]`; -1 as in `positions`."""
-        expected = self.positions(padding, device)[:, None]
-        if self._places is None:
-            return expected.expand(-1, len(self.heads), -1)
-        old = self.columns(device) < self._chosen_at
-        places = torch.where(old, self._places.to(device).long(), expected)
-        return places.masked_fill(expected < 0, -1)
+        if self.known is None:
+            return self.positions(padding, device)[:, None].expand(-1, len(self.heads), -1)
+        return self._places(self.known.places.to(device), padding)
+
+    def _places(self, before: Tensor, padding: Padding) -> Tensor:
+        """The same, where it was `before` at the last choice, `[batch, any heads, slot]`."""
+        expected = self.positions(padding, before.device)[:, None]
+        old = self.columns(before.device) < self._chosen_at
+        return torch.where(old, before.long(), expected).masked_fill(expected < 0, -1)
 
     def held_positions(self, row: int, padding: Padding) -> list[list[int]]:
         places = self.places(padding, torch.device("cpu"))
         return [sorted(of[of >= 0].tolist()) for of in places[row if len(places) > 1 else 0]]
 
-    def choose(self, evidence: Evidence) -> None:
-        """Choose anew, all slots being in use."""
-        keys, values = self.read()
-        places = self.places(evidence.padding, keys.device)
-        earlier = self._earlier
+    def likeness(self, evidence: Evidence) -> Hashable:
+        """What is the same in groups that can choose as one."""
+        keys, values = self.block.tensors
+        queries = () if evidence.queries is None else tuple(evidence.queries.shape[2:])
+        shape = keys.shape[0], keys.shape[3], values.shape[3], *queries
+        counts = self.seen, self._chosen_at, self.every, self.known is None
+        return self.wanted, self.score, *counts, *shape, keys.dtype, keys.device, evidence.scaling
+
+    def weigh(self, keys: Tensor, values: Tensor, evidence: Evidence, known: Known | None) -> Exchange:
+        """What heads like these do, any number of them, if all slots are in use and hold these keys and values."""
+        if known is None:
+            places, earlier = self.positions(evidence.padding, keys.device)[:, None].expand(-1, keys.shape[1], -1), None
+        else:
+            places, earlier = self._places(known.places, evidence.padding), known.earlier
         if earlier is not None:
             fresh = self.columns(keys.device) >= self._chosen_at
             earlier = Received(earlier.total.masked_fill(fresh, 0), earlier.queries.masked_fill(fresh, 0))
         held = self._held(keys, values, places, evidence, earlier)
-        scores = self.score(held)
-        self._earlier = held.received if self.score.accumulates else None
-        self._settle(scores, places, evidence.padding)
+        return self._exchange(self.score(held), places, evidence.padding, self.score.received(held))
 
     def choose_of_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
         """Take the best of all columns of a prompt, `[batch, head, column, head_dim]`, which has just been appended."""
@@ -118,8 +115,9 @@ class ChoosingGroup(Group):
         places = source
         if pads is not None:
             places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
-        self._earlier = held.received.take(source) if self.score.accumulates else None
-        self._settle(scores.gather(-1, source), places, evidence.padding)
+        received = self.score.received(held)
+        earlier = None if received is None else received.take(source)
+        self.settle(self._exchange(scores.gather(-1, source), places, evidence.padding, earlier))
 
     def _held(
         self,
@@ -154,8 +152,8 @@ class ChoosingGroup(Group):
             in_order=in_order,
         )
 
-    def _settle(self, scores: Tensor, places: Tensor, padding: Padding) -> None:
-        """Exchange rows so that the best lie in the slots of chosen keys; scores and places `[.., head, slot]`."""
+    def _exchange(self, scores: Tensor, places: Tensor, padding: Padding, earlier: Received | None) -> Exchange:
+        """Which rows to exchange so that the best lie in the slots of chosen keys; all `[.., head, slot]`."""
         sinks, window, chosen, _ = self.wanted
         device, end = scores.device, sinks + chosen
         goes = (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
@@ -174,21 +172,26 @@ class ChoosingGroup(Group):
         real = torch.arange(pairs, device=device) < enter.sum(-1, keepdim=True)
         into, source = torch.cat((leave, come), dim=-1), torch.cat((come, leave), dim=-1)
         source = torch.where(torch.cat((real, real), dim=-1), source, into)
-        self.block.move(source, into)
         slots = torch.arange(scores.shape[-1], device=device)
         moved = slots.expand(scores.shape).scatter(-1, into, source)
-        if self._earlier is not None:
-            self._earlier = self._earlier.take(moved)
         if padding.longest:  # of a row's slots not reached yet it is known what they will hold
             places = torch.where((slots < end) & (places < 0), slots, places)
-        self._places = places.gather(-1, moved).int()
+        after = Known(places.gather(-1, moved).int(), None if earlier is None else earlier.take(moved))
+        return Exchange(source, into, after, goes)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Do what these heads have chosen to do."""
+        self.block.move(exchange.source, exchange.into)
+        self.known = exchange.after
         if self.record is not None:
-            now = self._places.clone()
-            self.record.append(Choice(self.seen, tuple(self.heads), now[..., sinks:end], now[..., goes]))
+            (sinks, _, chosen, _), now = self.wanted, exchange.after.places.clone()
+            self.record.append(
+                Choice(self.seen, tuple(self.heads), now[..., sinks : sinks + chosen], now[..., exchange.goes])
+            )
         self._chosen_at, self.due = self.seen, self.seen + self.every
 
     def can_crop(self, tokens: int) -> bool:
-        return tokens == 0 or (self._places is None and super().can_crop(tokens))
+        return tokens == 0 or (self.known is None and super().can_crop(tokens))
 
     def crop(self, tokens: int) -> None:
         if not self.can_crop(tokens):
@@ -201,8 +204,5 @@ class ChoosingGroup(Group):
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        if self._places is not None:
-            self._places = self._places.index_select(0, rows.to(self._places.device))
-        if self._earlier is not None:
-            of = rows.to(self._earlier.total.device)
-            self._earlier = Received(self._earlier.total.index_select(0, of), self._earlier.queries.index_select(0, of))
+        if self.known is not None:
+            self.known = self.known.rows(rows.to(self.known.places.device))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache.choices import Choice, Choices, require_free_of_queries
-from kvcompress.cache.choosing_group import ChoosingGroup, Evidence
+from kvcompress.cache.choosing_group import ChoosingGroup
+from kvcompress.cache.choosing_together import choose, choose_due
+from kvcompress.cache.exchange import Evidence
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.ragged import RaggedLayer
@@ -103,9 +105,14 @@ class ChoosingLayer(RaggedLayer):
             require_free_of_queries(group.wanted.score, self.shared.choosing)
         super().fill(keys, values, first)
 
-    def prepare(self) -> None:
-        if not self._in_prompt:
-            self._choose_due()
+    def due(self) -> Iterator[tuple[ChoosingGroup, Evidence]]:
+        if self._in_prompt:
+            return
+        for i, group in self._choosers:
+            if group.seen == group.due:
+                ring = self._recent.tensors
+                queries = self._recent.before(self.seen)[:, self._index_on(i, ring[0].device)] if ring else None
+                yield group, self._evidence(group, queries)
 
     def reset(self) -> None:
         super().reset()
@@ -133,7 +140,7 @@ class ChoosingLayer(RaggedLayer):
             return super()._attend(query, keys, values, reading)
         self.shared.beside.join()  # a prompt may have ended within this very pass
         first = self.seen
-        self._choose_due()
+        choose_due([self])  # the cache has asked all layers, unless a prompt has just ended
         if keys.shape[2] == 1:
             out = super()._attend(query, keys, values, reading)
         else:
@@ -179,17 +186,10 @@ class ChoosingLayer(RaggedLayer):
         begin, new = 0, query.shape[3]
         while begin < new:
             if group.seen == group.due:
-                group.choose(self._evidence(group, queries[:, :, :, : queries.shape[3] - new + begin]))
+                choose([group], [self._evidence(group, queries[:, :, :, : queries.shape[3] - new + begin])])
             end = min(new, begin + group.due - group.seen)
             yield read(group, query[:, :, :, begin:end], keys[:, :, begin:end], values[:, :, begin:end], reading)
             begin = end
-
-    def _choose_due(self) -> None:
-        for i, group in self._choosers:
-            if group.seen == group.due:
-                ring = self._recent.tensors
-                queries = self._recent.before(self.seen)[:, self._index_on(i, ring[0].device)] if ring else None
-                group.choose(self._evidence(group, queries))
 
     def _evidence(self, group: ChoosingGroup, queries: Tensor | None) -> Evidence:
         if not group.score.needs_queries:

@@ -6,6 +6,7 @@ there would give every later token one and the same rotation.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.cache.beside import Beside
 from kvcompress.cache.choices import Choosing
+from kvcompress.cache.choosing_group import ChoosingGroup
+from kvcompress.cache.exchange import Evidence
 from kvcompress.cache.fused import Fused
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import MaskLength, Padding
@@ -112,8 +115,9 @@ class CompressedLayer(CacheLayerMixin):
         """Tensors besides the groups' that a decode step writes."""
         return ()
 
-    def prepare(self) -> None:
-        """Before a step: do what a captured step leaves out."""
+    def due(self) -> Iterable[tuple[ChoosingGroup, Evidence]]:
+        """Groups that have to choose keys before the next pass, and what by."""
+        return ()
 
     def require_recordable(self) -> None:
         """Raise `CacheUseError` where what the rings overwrite cannot be kept."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.errors import CacheUseError
 
@@ -84,7 +85,13 @@ class RaggedCache(Cache):
             raise CacheUseError(f"this cache was made for {len(self.layers)} layers, the model has a layer {layer_idx}")
         if layer_idx == 0:
             self._require_whole()
+            self.choose_due()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def choose_due(self) -> None:
+        """Before a pass, let all heads choose keys that have to do it now; a captured step leaves it out."""
+        self.shared.beside.join()
+        choose_due(self.compressed_layers)
 
     def _require_whole(self) -> None:
         """Raise `CacheUseError` where an earlier pass ended in an error between two layers."""

@@ -110,8 +110,7 @@ class Standing(StandingCache):
         return self.cache.shared.fused.desk(self.device, self.seen)
 
     def open(self) -> None:
-        for layer in self.layers:
-            layer.prepare()
+        self.cache.choose_due()
         self._before = self._desk().appended
 
     def advance(self) -> None:

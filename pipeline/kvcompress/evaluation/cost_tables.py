@@ -62,21 +62,28 @@ def choosing(report: Report) -> str:
         (
             cost["contender"],
             f"{cost['prefill_ms']:.0f}",
-            f"{cost['scoring']:.1%}" if i else "",
+            "" if cost["rival"] == cost["contender"] else f"{cost['scoring']:.1%}",
             f"{cost['step_ms']:.2f}",
-            f"{cost['step_ratio']:.3f}" if i else "",
+            "" if cost["rival"] == cost["contender"] else f"{cost['step_ratio']:.3f}",
             f"{cost['cache_mb']:.0f}",
             f"{cost['evidence_mb']:.1f}",
         )
-        for i, cost in enumerate(costs)
+        for cost in costs
     ]
     head = ("heads hold", "prefill ms", "of it choosing", "step ms", "÷ window's", "cache MB", "beside it MB")
     made = (
         f"{MODELS.get(report['model'], report['model'])} with random weights, {costs[0]['tokens']:,} tokens, batch "
-        f"{costs[0]['batch']}, {report['slots']:,} slots in every KV head, half of them chosen, anew every "
-        f"{report['every']} tokens. {_device(report)}."
+        f"{costs[0]['batch']}, {report['steps']:,} steps, {_holding(report)}. {_device(report)}."
     )
     return f"{made}\n\n{table(head, rows)}"
+
+
+def _holding(report: Report) -> str:
+    if report["like"]:
+        models = " and ".join(sorted(set(report["like"].values())))
+        return f"heads that keep in turn what those of {models} do by its plans, beside windows of as many slots in all"
+    slots = report["costs"][0]["slots"]
+    return f"{slots:,} slots in every KV head, half of them chosen, anew every {report['every']} tokens"
 
 
 def batch(report: Report) -> str:

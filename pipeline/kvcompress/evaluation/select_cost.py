@@ -2,9 +2,11 @@
 
     python -m kvcompress.evaluation.select_cost --output select_cost.json
     python -m kvcompress.evaluation.select_cost --tiny --device cpu
+    python -m kvcompress.evaluation.select_cost --like plans/select-25.json --like plans/select-12.5.json
 
 Llama-3-8B with random weights. Every head has the same slots: of the window plan all but the sinks are a window, of the
-others half are chosen by the score that names them. A turn reads the prompt anew and decodes `steps` tokens, by captured
+others half are chosen by the score that names them. With `--like` its heads keep, in turn, what those of another model's
+plan do, each as many slots as there and by scores of several kinds, beside a window plan of as many slots in all. A turn reads the prompt anew and decodes `steps` tokens, by captured
 steps where the device can; choices that come due among them are part of it. Contenders take turns, and ratios are those
 of runs side by side. `scoring` is what the prefill takes beyond the window plan's, as a share of its own time.
 """
@@ -28,12 +30,14 @@ from transformers import PreTrainedModel
 from kvcompress.artifacts import write_json
 from kvcompress.cache.attention import attached
 from kvcompress.cache.choices import Choosing
+from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.step_models import config_of, random_model
 from kvcompress.evaluation.step_parts import forget
 from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.plan import RetentionPlan
 from kvcompress.scores import SCORES
 
 WINDOW, SINKS = "window", 4
@@ -43,9 +47,14 @@ app = typer.Typer(add_completion=False)
 
 @dataclass
 class SelectCost:
-    """One contender: medians in milliseconds, and its decode step's time divided by the window plan's."""
+    """One contender: medians in milliseconds, and its decode step's time divided by that of the window plan `rival`.
+
+    `slots` are those of a KV head on average.
+    """
 
     contender: str
+    rival: str
+    slots: float
     tokens: int
     batch: int
     captured: bool
@@ -57,14 +66,38 @@ class SelectCost:
     evidence_mb: float
 
 
-def compressors(config: Any, slots: int, names: Sequence[str], choosing: Choosing) -> dict[str, HeadAwareCompressor]:
+@dataclass(frozen=True)
+class Entrant:
+    compressor: HeadAwareCompressor
+    rival: str
+    slots: float
+
+
+Entrants = dict[str, Entrant]
+
+
+def of_scores(config: Any, slots: int, names: Sequence[str], choosing: Choosing) -> Entrants:
     """The window plan and one plan for each score, all with `slots` slots a head."""
     chosen = (slots - SINKS) // 2
     make = partial(HeadAwareCompressor.from_model_config, config, sink_size=SINKS, choosing=choosing)
-    found = {WINDOW: make("sink_window", window_size=slots - SINKS)}
+    found = {WINDOW: Entrant(make("sink_window", window_size=slots - SINKS), WINDOW, slots)}
     for name in names:
-        found[name] = make("select", window_size=slots - SINKS - chosen, select_size=chosen, score=name)
+        compressor = make("select", window_size=slots - SINKS - chosen, select_size=chosen, score=name)
+        found[name] = Entrant(compressor, WINDOW, slots)
     return found
+
+
+def like(config: Any, name: str, plan: RetentionPlan, tokens: int, choosing: Choosing) -> Entrants:
+    """The heads of a plan in turn, and a window plan of as many slots after `tokens` tokens."""
+    shape = ModelShape.of_config(config)
+    theirs = [kept for layer in plan.layers for kept in layer]
+    layers, width = range(shape.layers), shape.kv_heads
+    mine = [[theirs[(layer * width + head) % len(theirs)] for head in range(width)] for layer in layers]
+    slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (shape.layers * width)
+    rival = f"{WINDOW} of {round(slots)}"
+    same = HeadAwareCompressor.from_model_config(config, "sink_window", SINKS, round(slots) - SINKS)
+    compressor = HeadAwareCompressor(mine, query_heads=False, choosing=choosing)
+    return {rival: Entrant(same, rival, round(slots)), name: Entrant(compressor, rival, slots)}
 
 
 @torch.no_grad()
@@ -84,20 +117,21 @@ def turn(
 
 
 def compare(
-    model: PreTrainedModel, entrants: dict[str, HeadAwareCompressor], tokens: int, batch: int, steps: int, rounds: int
+    model: PreTrainedModel, entrants: Entrants, tokens: int, batch: int, steps: int, rounds: int
 ) -> list[SelectCost]:
     """Every contender's costs, from `rounds` turns each after one that is thrown away."""
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
     found: dict[str, list[tuple[float, float, bool, float, float]]] = {name: [] for name in entrants}
     for _ in range(rounds + 1):
-        for name, compressor in entrants.items():
-            found[name].append(turn(model, compressor, ids, steps))
+        for name, entrant in entrants.items():
+            found[name].append(turn(model, entrant.compressor, ids, steps))
     columns = {name: list(zip(*turns[1:], strict=True)) for name, turns in found.items()}
     costs = []
     for name, (prefills, each, captured, held, evidence) in columns.items():
-        scoring, ratio = 1 - times_faster(columns[WINDOW][0], prefills), times_faster(each, columns[WINDOW][1])
+        rival, slots = entrants[name].rival, entrants[name].slots
+        scoring, ratio = 1 - times_faster(columns[rival][0], prefills), times_faster(each, columns[rival][1])
         spent = median(prefills), scoring, median(each), ratio
-        costs.append(SelectCost(name, tokens, batch, all(captured), *spent, held[0], evidence[0]))
+        costs.append(SelectCost(name, rival, slots, tokens, batch, all(captured), *spent, held[0], evidence[0]))
     return costs
 
 
@@ -119,6 +153,10 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     share: Annotated[float, typer.Option(help="Share of the prompt that every head holds.")] = 0.25,
     score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
+    like_plan: Annotated[
+        list[Path],
+        typer.Option("--like", help="Instead of scores: plan files whose heads these shall be like (repeatable)."),
+    ] = [],  # noqa: B006
     every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = Choosing.every,
     observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps a turn: some multiple of --every.")] = 2
@@ -140,7 +178,11 @@ def main(
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         name = "tiny" if tiny else "llama-3-8b"
         model = random_model(config_of(name), dtype, torch.device(device))
-        entrants = compressors(model.config, slots, score or list(SCORES), Choosing(every, observe))
+        choosing = Choosing(every, observe)
+        plans = {path.stem: RetentionPlan.load(path) for path in like_plan}
+        entrants = {} if plans else of_scores(model.config, slots, score or list(SCORES), choosing)
+        for stem, plan in plans.items():
+            entrants |= like(model.config, stem, plan, tokens, choosing)
         costs = compare(model, entrants, tokens, batch, steps, rounds)
     show(costs)
     result = {
@@ -149,7 +191,7 @@ def main(
         "transformers": transformers.__version__,
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "slots": slots,
+        "like": {stem: plan.model_id for stem, plan in plans.items()},
         "every": every,
         "observe": observe,
         "steps": steps,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress.scores.held import Held
-from kvcompress.scores.score import Score
+from kvcompress.scores.history import Received
+from kvcompress.scores.score import Score, require_at_least
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,16 @@ class AccumulatedAttention(Score):
 
     per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets
         the same share of every query would rank by its age alone.
+    most: queries that are looked at: where there are more, every second, third, ... of them, the last included. The paper
+        looks at all (None), which takes as long as attention itself.
     """
 
     per_query: bool = True
+    most: int | None = 1024
+
+    def __post_init__(self) -> None:
+        if self.most is not None:
+            require_at_least(1, most=self.most)
 
     @property
     def needs_queries(self) -> bool:
@@ -29,6 +37,9 @@ class AccumulatedAttention(Score):
     def accumulates(self) -> bool:
         return True
 
+    def received(self, held: Held) -> Received:
+        return held.received(self.most)
+
     def rank(self, held: Held) -> Tensor:
-        found = held.received
+        found = self.received(held)
         return found.total / found.queries.clamp_min(1) if self.per_query else found.total

@@ -19,19 +19,21 @@ BLOCK_LIMITS = {"cpu": 2**20, "cuda": 2**26}
 MASKED = torch.finfo(torch.float32).min  # finite: a query that sees nothing (a pad) must not give NaN
 
 
-def received(held: Held, last: int | None = None) -> Received:
+def received(held: Held, last: int | None = None, most: int | None = None) -> Received:
     """What the keys receive from all queries, or from the `last` of them, together with what they had before.
 
-    With `last` earlier queries count for nothing.
+    With `last` earlier queries count for nothing. Where there are more than `most`, every second, third, ... query is
+    looked at, the last included.
     """
     assert held.queries is not None
+    some = which(held.queries.shape[2], last, most)
     if held.in_order and held.limit is None and launches.can_launch(held.queries, held.keys):
-        found = of_a_text(held.queries if last is None else held.queries[:, :, -last:], held)
+        found = of_a_text(held, some)
     else:
         batch, heads, count = held.keys.shape[:3]
         total = torch.zeros(batch, heads, count, dtype=torch.float32, device=held.keys.device)
         queries = torch.zeros_like(total)
-        for weights, visible in blocks(held, last):
+        for weights, visible in blocks(held, some):
             end = weights.shape[-1]
             total[..., :end] += weights.sum(3).mean(2)
             queries[..., :end] += visible.sum(2)
@@ -39,31 +41,40 @@ def received(held: Held, last: int | None = None) -> Received:
     return found if held.earlier is None or last is not None else held.earlier + found
 
 
-def of_a_text(queries: Tensor, held: Held) -> Received:
-    """The same by a kernel, from the queries of the last columns of a text."""
-    total = launches.received_by_keys(queries, held.keys, held.scaling)
-    asking, count = queries.shape[2], total.shape[2]
-    before = (torch.arange(count, device=total.device) - (count - asking)).clamp_min(0)
-    return Received(total, (asking - before).float().expand_as(total))
+def which(count: int, last: int | None = None, most: int | None = None) -> slice:
+    """Of `count` queries the `last`, and of these at most `most` at equal distances, the last one included."""
+    among = count if last is None else min(last, count)
+    step = 1 if most is None else -(-among // most)
+    return slice(count - among + (among - 1) % step, count, step)
 
 
-def blocks(held: Held, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weights `[batch, kv_head, group, query, key]`, visible `[batch or 1, kv_head or 1, query, key]`) of each block.
+def of_a_text(held: Held, some: slice) -> Received:
+    """The same by a kernel, from some queries of a text, the last among them."""
+    assert held.queries is not None
+    count, step = held.keys.shape[2], some.step
+    total = launches.received_by_keys(held.queries[:, :, some], held.keys, held.scaling, step)
+    asking = len(range(count)[some])
+    after = torch.arange(count, device=total.device).neg_().add_(count - 1).div_(step, rounding_mode="floor")
+    return Received(total, (after + 1).clamp_max(asking).float().expand_as(total))
 
-    The keys of a block end where none of its queries sees a further one; with `last` they are all.
+
+def blocks(held: Held, some: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weights `[batch, kv_head, group, query, key]`, visible `[batch or 1, kv_head or 1, query, key]`) of each block of
+    some of the queries.
+
+    The keys of a block end where none of its queries sees a further one; of the last few queries they are all.
     """
-    queries, at = held.grouped_queries, held.at
-    if last is not None:
-        queries, at = queries[:, :, :, -last:], at[:, -last:]
+    queries, at = held.grouped_queries[:, :, :, some], held.at[:, some]
     batch, heads, group, length, _ = queries.shape
     keys = held.keys.float().transpose(2, 3)  # [batch, kv_head, head_dim, key]
     step = block_size(batch * heads * group * keys.shape[-1], keys.device)
     for begin in range(0, length, step):
         visible = sees(at[:, begin : begin + step], held)
-        # To look how far they see would wait for the device; the last few queries of a text see almost all of it.
         end = held.positions.shape[-1]
-        if last is None:
-            end = min(begin + step, end) if held.in_order else last_true(visible)
+        if held.in_order:
+            end = range(end)[some][min(begin + step, length) - 1] + 1
+        elif begin + step < length:  # the last ones see almost all, and to look would wait for the device
+            end = last_true(visible)
         visible, rows = visible[..., :end], queries[:, :, :, begin : begin + step]
         scores = ((rows * held.scaling).flatten(2, 3) @ keys[..., :end]).unflatten(2, (group, -1))
         hidden = ~visible[:, :, None]

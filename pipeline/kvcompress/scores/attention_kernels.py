@@ -69,11 +69,12 @@ def among_neighbours(
 
 @triton.jit
 def sums_of_weights(
-    queries,  # [batch * HEADS * GROUP, asking, SIZE], those of the last columns
+    queries,  # [batch * HEADS * GROUP, asking, SIZE], those of the last column and every `distance` before it
     keys,  # [batch * HEADS, count, SIZE]
     out,  # float32 [batch * HEADS * GROUP, asking]: log2 of the sum of a query's weights
     asking,
     count,
+    distance,
     scale,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -87,11 +88,12 @@ def sums_of_weights(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query = rows_of(queries, head * asking + row, row < asking, SIZE, SIZE_SPAN, WIDE)
     top, total = tl.full([ROWS], HIDDEN, dtype=tl.float32), tl.zeros([ROWS], dtype=tl.float32)
-    end = tl.minimum(count - asking + (tl.program_id(0) + 1) * ROWS, count)
+    of = count - 1 - (asking - 1 - row) * distance  # the column of a query
+    end = tl.minimum(count - (asking - (tl.program_id(0) + 1) * ROWS) * distance, count)
     for begin in range(0, end, KEYS):
         column = begin + tl.arange(0, KEYS)
         key = columns_of(keys, head // GROUP * count + column, column < count, SIZE, SIZE_SPAN, WIDE)
-        seen = column[None, :] <= count - asking + row[:, None]
+        seen = column[None, :] <= of[:, None]
         score = tl.where(seen, tl.dot(query, key) * scale, HIDDEN)
         higher = tl.maximum(top, tl.max(score, 1))
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
@@ -107,6 +109,7 @@ def received_by_keys(
     out,  # float32 [batch * HEADS, count]
     asking,
     count,
+    distance,
     scale,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -121,12 +124,12 @@ def received_by_keys(
     key = columns_of(keys, head * count + column, column < count, SIZE, SIZE_SPAN, WIDE)
     total = tl.zeros([ROWS, KEYS], dtype=tl.float32)
     # Queries before the first of these keys see none of them.
-    first = tl.maximum(tl.program_id(0) * KEYS - (count - asking), 0) // ROWS
+    first = tl.maximum(asking - 1 - (count - 1 - tl.program_id(0) * KEYS) // distance, 0) // ROWS
     for step in range(first * GROUP, tl.cdiv(asking, ROWS) * GROUP):
         row = step // GROUP * ROWS + tl.arange(0, ROWS)
         of = (head * GROUP + step % GROUP) * asking + row
         query = rows_of(queries, of, row < asking, SIZE, SIZE_SPAN, WIDE)
         whole = tl.load(sums + of, mask=row < asking, other=0.0)
-        seen = (column[None, :] <= count - asking + row[:, None]) & (row < asking)[:, None]
+        seen = (column[None, :] <= count - 1 - (asking - 1 - row[:, None]) * distance) & (row < asking)[:, None]
         total += tl.where(seen, tl.exp2(tl.dot(query, key) * scale - whole[:, None]), 0.0)
     tl.store(out + head * count + column, tl.sum(total, 0) / GROUP, mask=column < count)

@@ -9,6 +9,7 @@ from torch.linalg import vector_norm
 
 from kvcompress.cache.rotation import Rotation
 from kvcompress.scores import launches
+from kvcompress.scores.attention import which
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score, require_at_least
 
@@ -63,8 +64,7 @@ class ExpectedAttention(Score):
     def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
         assert held.queries is not None
-        step = -(-held.queries.shape[2] // self.most)
-        some = slice((held.queries.shape[2] - 1) % step, None, step)
+        some = which(held.queries.shape[2], most=self.most)
         at = held.at[:, some]
         queries = held.queries[:, :, some].float().unflatten(1, (held.keys.shape[1], -1))
         queries = rotation.turn(queries, -at[:, None, None, :])

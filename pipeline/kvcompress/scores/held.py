@@ -75,12 +75,18 @@ class Held:
         """Which keys the choice is between, bool `[batch, kv_head, key]`."""
         return self.real if self.stays is None else self.real & ~self.stays
 
-    @cached_property
-    def received(self) -> Received:
-        """What the keys received from all queries at hand and before; see `kvcompress.scores.received`."""
+    def received(self, most: int | None) -> Received:
+        """What the keys received from the queries at hand (see `most` of `kvcompress.scores.attention.received`) and
+        before; found once."""
         from kvcompress.scores.attention import received  # which knows this file
 
-        return received(self)
+        if most not in self._received:
+            self._received[most] = received(self, most=most)
+        return self._received[most]
+
+    @cached_property
+    def _received(self) -> dict[int | None, Received]:
+        return {}
 
     @property
     def grouped_queries(self) -> Tensor:

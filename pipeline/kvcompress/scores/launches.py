@@ -57,10 +57,10 @@ def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, s
     return out
 
 
-def received_by_keys(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Causal attention that the keys `[batch, kv_head, token, head_dim]` of a text receive from the queries of its last
-    tokens, `[batch, query_head, query, head_dim]`, summed, mean over a KV head's query heads: float32 `[batch, kv_head,
-    token]`."""
+def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1) -> Tensor:
+    """Causal attention that the keys `[batch, kv_head, token, head_dim]` of a text receive from queries `[batch,
+    query_head, query, head_dim]`, summed, mean over a KV head's query heads: float32 `[batch, kv_head, token]`. The
+    queries are those of its last token and of the tokens `step`, 2 `step`, ... before."""
     from kvcompress.scores import attention_kernels
 
     batch, heads, count, size = keys.shape
@@ -71,7 +71,7 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     queries, keys = queries.contiguous(), keys.contiguous()
     sizes = {"GROUP": group, "SIZE": size, "WIDE": keys.device.type == "cpu", "SIZE_SPAN": power(size)}
     sizes |= {"ROWS": rows, "KEYS": columns}
-    numbers = asking, count, scale * log2(e)
+    numbers = asking, count, step, scale * log2(e)
     with on(keys.device):
         attention_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
             queries, keys, sums, *numbers, **sizes, num_warps=4

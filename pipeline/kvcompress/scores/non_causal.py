@@ -13,6 +13,7 @@ from kvcompress.scores import launches
 from kvcompress.scores.attention import MASKED, block_size
 from kvcompress.scores.held import Held
 
+FEW = 64  # queries that are looked at without waiting for an accelerator, as those of a choice while decoding
 OLD, ABSENT = -1, -2  # in place of a chunk's number: keys older than all queries; pads, empty slots, keys that stay
 
 
@@ -34,6 +35,8 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     of_query = torch.where(at >= 0, (at - first).div(chunk, rounding_mode="floor"), ABSENT)
     of_key = (held.positions - first[:, None]).div(chunk, rounding_mode="floor").clamp_min(OLD)
     of_key = torch.where(held.candidates, of_key, ABSENT)
+    if at.shape[1] <= FEW:
+        return _of_few_queries(held, of_query, of_key, scale)
     scores = torch.zeros(batch, heads, count, dtype=torch.float32, device=held.keys.device)
     for part in of_key.unique().tolist():
         if part == ABSENT:
@@ -46,6 +49,22 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
             queries[:, :, :, rows], keys, chosen_queries[:, rows], chosen_keys[:, :, columns], scale
         )
     return scores
+
+
+def _of_few_queries(held: Held, of_query: Tensor, of_key: Tensor, scale: float) -> Tensor:
+    """The same without a look at which chunks there are, which would wait for the device: every query once among the old
+    keys and once in its own chunk. of_query `[batch or 1, query]` and of_key `[batch, kv_head, key]` name chunks."""
+    voting = of_query >= 0
+    near = (of_query[:, None, :, None] == of_key[:, :, None]) & voting[:, None, :, None]
+    old = (of_key == OLD)[:, :, None] & voting[:, None, :, None]
+    allowed = torch.stack((old, near), 2)  # [batch, kv_head, 2, query, key]
+    peers = torch.stack((voting[:, None].expand(-1, voting.shape[-1], -1), of_query[:, None] == of_query[..., None]), 1)
+    share = allowed.sum(-1) / peers.sum(-1).clamp_min(1)[:, None]  # keys for each query that votes on them
+    products = (held.grouped_queries * scale).flatten(2, 3) @ held.keys.float().mT
+    products = products.unflatten(2, (-1, 1, voting.shape[-1]))  # [batch, kv_head, group, 1, query, key]
+    weights = products.masked_fill(~allowed[:, :, None], MASKED).softmax(-1)
+    votes = share.flatten(2).repeat(1, 1, products.shape[2])[:, :, None] / products.shape[2]
+    return (votes @ weights.flatten(2, 4))[:, :, 0]
 
 
 def _of_a_text(held: Held, chunk: int, scale: float) -> Tensor:

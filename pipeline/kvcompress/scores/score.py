@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.scores.held import Held
+from kvcompress.scores.history import Received
 
 
 class Score(ABC):
@@ -33,6 +34,10 @@ class Score(ABC):
     def accumulates(self) -> bool:
         """Whether it goes on from `held.earlier`, so that a query must come to it once and no more."""
         return False
+
+    def received(self, held: Held) -> Received | None:
+        """What a score that accumulates will go on from, None for others."""
+        return None
 
     @property
     def looks_back(self) -> int | None:
