@@ -8,7 +8,7 @@ from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.retention import Retention
 from kvcompress.scores import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
-from tests.select_tools import CHOOSING, select_compressor, select_layers
+from tests.select_tools import select_compressor, select_layers
 
 PROMPT, NEW = 25, 13
 

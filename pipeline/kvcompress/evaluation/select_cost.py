@@ -6,9 +6,11 @@
 
 Llama-3-8B with random weights. Every head has the same slots: of the window plan all but the sinks are a window, of the
 others half are chosen by the score that names them. With `--like` its heads keep, in turn, what those of another model's
-plan do, each as many slots as there and by scores of several kinds, beside a window plan of as many slots in all. A turn reads the prompt anew and decodes `steps` tokens, by captured
-steps where the device can; choices that come due among them are part of it. Contenders take turns, and ratios are those
-of runs side by side. `scoring` is what the prefill takes beyond the window plan's, as a share of its own time.
+plan do, each as many slots as there and by scores of several kinds, beside a window plan of as many slots in all.
+
+A turn reads the prompt anew and decodes `steps` tokens, by captured steps where the device can; choices that come due
+among them are part of it. Contenders take turns, and ratios are those of runs side by side. `scoring` is what the prefill
+takes beyond the window plan's, as a share of its own time.
 """
 
 import json
