@@ -155,7 +155,7 @@ class RaggedLayer(CompressedLayer):
     def _index_on(self, group: int, device: torch.device) -> Index:
         index = self._indices[group]
         if isinstance(index, Tensor) and index.device != device:
-            index = self._indices[group] = index.to(device)
+            index = self._indices[group] = index.to(device, non_blocking=True)
         return index
 
 

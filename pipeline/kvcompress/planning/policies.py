@@ -213,7 +213,7 @@ def selective(planner: Planner, found: Priced, budget: Budget) -> RetentionPlan:
         )
         for i, layer in enumerate(plan.layers)
     )
-    return replace(plan, layers=layers)
+    return replace(plan, layers=layers, made_from={**plan.made_from, "early": planner.early})
 
 
 POLICIES: dict[str, Callable[[Planner, Budget], RetentionPlan]] = {
