@@ -112,9 +112,18 @@ PAGES: dict[str, Blocks] = {
         "selection_less": selection,
         "streaming": plans,
         "streamed_passkeys": selection,
+        "passkeys_by_price": selection,
+        "selection_others": selection,
         "ablation": ablation,
     },
-    "docs/speed.md": {"kernel": kernel, "steps": steps, "batch": batch, "prefill": prefill, "choosing": choosing},
+    "docs/speed.md": {
+        "kernel": kernel,
+        "steps": steps,
+        "batch": batch,
+        "prefill": prefill,
+        "choosing": choosing,
+        "choosing_plans": choosing,
+    },
     "docs/scaling.md": {"scaling": scaling, "long": long},
 }
 
