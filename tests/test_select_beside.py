@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache.choosing_group import ChoosingGroup
+from kvcompress.cache.choosing_prompt import choose_of_prompt
 from kvcompress.methods.compressor import Compressor
 from tests.cache_tools import model_of, tokens
 from tests.select_tools import CHOOSING, select_compressor, select_layers
@@ -16,14 +16,12 @@ SLEEP = 100_000_000  # cycles, some fifty milliseconds: longer than a pass of a 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = ChoosingGroup.choose_of_prompt
-
-    def slowly(self, *args):
+    def slowly(*args):
         torch.cuda._sleep(SLEEP)
-        choose(self, *args)
+        choose_of_prompt(*args)
         torch.cuda._sleep(SLEEP)
 
-    monkeypatch.setattr(ChoosingGroup, "choose_of_prompt", slowly)
+    monkeypatch.setattr("kvcompress.cache.choosing_layer.choose_of_prompt", slowly)
 
 
 def answers(compressor: Compressor, model, ids, pieces: list[int]) -> tuple[torch.Tensor, list]:

@@ -3,10 +3,13 @@
 The oracle replays recorded choices, right or wrong. Here every choice is made again from all keys and queries of the text.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from kvcompress.cache import Choosing
+from kvcompress.cache.choices import of_head
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.rotation import Rotation
@@ -15,7 +18,7 @@ from kvcompress.scores import SCORES, Held, Received, make_score
 from tests.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7
-ROTATION = Rotation(8, 100.0)
+ROTATION, WORST = Rotation(8, 100.0), float("-inf")
 OTHERS = {
     "snapkv": {"window": 5},
     "expected_attention": {"future": 20, "most": 9},
@@ -44,8 +47,9 @@ class Judge:
         self.last = 0  # column of the choice before
         self.sums: dict[int, tuple[float, float]] = {}
 
-    def follow(self, column: int, prompt: bool, chosen: list[int]) -> None:
-        """See that these are the best when `column` columns were seen, of all of them at the end of a prompt."""
+    def follow(self, column: int, prompt: bool, chosen: list[int], leaving: list[int]) -> None:
+        """See that `chosen` are the best when `column` columns were seen, of all of them at the end of a prompt, and that
+        of the others the window's stay where they are and the worst lies where the next column goes."""
         sinks, window, count, name = self.kept
         held = list(range(column)) if prompt else sorted({*range(sinks), *self.chosen, *range(column - window, column)})
         stays = [place < sinks or place >= column - window + self.every for place in held]
@@ -75,6 +79,16 @@ class Judge:
         assert set(chosen) <= set(free)
         left = max(free[place] for place in free if place not in chosen)
         assert min(free[place] for place in chosen) >= left - 1e-5  # neighbours may be pooled to the same score
+        oldest = range(column - window, column - window + self.every)
+        enter = [place for place in oldest if place in chosen]
+        out = [after for place, after in zip(oldest, leaving, strict=True) if place in chosen]
+        assert [after for after in leaving if after not in out] == [place for place in oldest if place not in enter]
+        older = [place for place in free if place < oldest[0]] if prompt else self.chosen
+        assert set(out) <= set(older) - set(chosen)
+        gone = [free[place] for place in older if place not in chosen and place not in out]
+        assert len(out) == len(enter)
+        assert all(free[place] >= max(gone, default=WORST) - 1e-5 for place in out)
+        assert all(free[first] <= free[then] + 1e-5 for first, then in pairwise(out))
         self.chosen, self.last = chosen, column
 
 
@@ -83,12 +97,15 @@ class Judge:
 @pytest.mark.parametrize(
     ("prefill", "chunks"), [("streaming", [17, 9, 1, 15, 1, 1, 1, 1]), ("exact", [PROMPT] + [1] * 23)]
 )
+@pytest.mark.parametrize(("shift", "beside"), enumerate([(2, 6, 4), (2, 6, 9), (0, 9, 7), (1, 5, 2)]))
 @pytest.mark.parametrize("name", SCORES)
-def test_every_choice_is_that_of_the_slow_score(name, prefill, chunks, observe, every):
-    kept = Retention(2, 6, 4, name)
+def test_every_choice_is_that_of_the_slow_score(name, shift, beside, prefill, chunks, observe, every):
+    """`beside` is what the other head of the layer keeps, by a score some places further on."""
+    names = list(SCORES)
+    kept = [Retention(2, 6, 4, name), Retention(*beside, names[(names.index(name) + shift) % len(names)])]
     scores = {other: make_score(other, **parameters) for other, parameters in OTHERS.items()}
     choosing = Choosing(every, observe, scores, ROTATION)
-    layer, record = ChoosingLayer([kept] * HEADS, Shared(prefill, choosing=choosing)), []
+    layer, record = ChoosingLayer(kept, Shared(prefill, choosing=choosing)), []
     layer.record_choices(record)
     query, keys, values = text()
     begin = 0
@@ -97,9 +114,11 @@ def test_every_choice_is_that_of_the_slow_score(name, prefill, chunks, observe, 
         layer.attend(query[:, :, part], keys[:, :, part], values[:, :, part], SCALE, 0.0)
         begin += new
     assert begin == LENGTH
-    assert len(record) >= 4
-    for batch in range(BATCH):
-        for head in range(HEADS):
-            judge = Judge(kept, choosing, batch, head)
-            for i, choice in enumerate(record):
-                judge.follow(choice.column, prefill == "exact" and i == 0, choice.chosen[batch, head].tolist())
+    for head in range(HEADS):
+        choices = of_head(record, head)
+        assert len(choices) >= 4
+        for batch in range(BATCH):
+            judge = Judge(kept[head], choosing, batch, head)
+            for i, (column, chosen, leaving) in enumerate(choices):
+                whole = prefill == "exact" and i == 0
+                judge.follow(column, whole, chosen[batch].tolist(), leaving[batch].tolist())

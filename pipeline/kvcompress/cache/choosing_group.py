@@ -82,39 +82,32 @@ class ChoosingGroup(Group):
         held = self._held(keys, values, places, evidence, earlier)
         return self._exchange(self.score(held), places, evidence.padding, self.score.received(held))
 
-    def choose_of_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
+    def choose_of_padded_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
         """Take the best of all columns of a prompt, `[batch, head, column, head_dim]`, which has just been appended."""
         sinks, window, chosen, _ = self.wanted
         assert self.capacity is not None
-        seen, device = self.seen, keys.device
+        seen, device, pads = self.seen, keys.device, evidence.padding.on(keys.device)
+        assert pads is not None  # without any, see `choosing_prompt`
         columns = torch.arange(seen, device=device)
-        pads, asked = evidence.padding.on(device), evidence.queries
-        places = columns[None, None] if pads is None else (columns - pads)[:, None].clamp_min(-1)  # [.., 1, column]
-        in_order = pads is None and asked is not None and asked.shape[3] == seen
-        held = self._held(keys, values, places, evidence, None, in_order)
+        places = (columns - pads)[:, None].clamp_min(-1)  # [batch, 1, column]
+        held = self._held(keys, values, places, evidence, None)
         scores = self.score(held)
-        front = columns[:sinks]
-        if pads is None:
-            index = best(scores[:, :, sinks : seen - window], chosen) + sinks
-        else:
-            # A row that has slots for all its tokens has them there already.
-            short = (seen - pads <= self.capacity)[:, None]
-            older = (places >= sinks) & (places < (seen - pads - window)[:, None])
-            index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
-            there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
-            index = torch.where(short, there, index)
-            front = (pads + front).clamp_max(seen - 1)[:, None]
+        # A row that has slots for all its tokens has them there already.
+        short = (seen - pads <= self.capacity)[:, None]
+        older = (places >= sinks) & (places < (seen - pads - window)[:, None])
+        index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
+        there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
+        index = torch.where(short, there, index)
         at = index[..., None]
         self.block.write(
             sinks, *(tensor.gather(2, at.expand(*at.shape[:3], tensor.shape[3])) for tensor in (keys, values))
         )
         # Which column lies in which slot, and with it its position, its score and what it received.
         shape = (*index.shape[:2], -1)
+        front = (pads + columns[:sinks]).clamp_max(seen - 1)[:, None]
         ring = self.columns(device)[sinks + chosen :]
         source = torch.cat((front.expand(shape), index, ring.expand(shape)), dim=-1)
-        places = source
-        if pads is not None:
-            places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
+        places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
         received = self.score.received(held)
         earlier = None if received is None else received.take(source)
         self.settle(self._exchange(scores.gather(-1, source), places, evidence.padding, earlier))
@@ -126,7 +119,6 @@ class ChoosingGroup(Group):
         places: Tensor,
         evidence: Evidence,
         earlier: Received | None,
-        in_order: bool = False,
     ) -> Held:
         sinks, window = self.wanted[:2]
         pads, device = evidence.padding.on(keys.device), keys.device
@@ -149,14 +141,12 @@ class ChoosingGroup(Group):
             evidence.rotation,
             stays=stays,
             earlier=earlier,
-            in_order=in_order,
         )
 
     def _exchange(self, scores: Tensor, places: Tensor, padding: Padding, earlier: Received | None) -> Exchange:
         """Which rows to exchange so that the best lie in the slots of chosen keys; all `[.., head, slot]`."""
-        sinks, window, chosen, _ = self.wanted
-        device, end = scores.device, sinks + chosen
-        goes = (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
+        sinks, _, chosen, _ = self.wanted
+        device, end, goes = scores.device, sinks + chosen, self._goes(scores.device)
         places = places.expand(scores.shape)
         ranked, none = torch.cat((scores[..., sinks:end], scores[..., goes]), dim=-1), None
         if padding.longest:
@@ -177,17 +167,37 @@ class ChoosingGroup(Group):
         if padding.longest:  # of a row's slots not reached yet it is known what they will hold
             places = torch.where((slots < end) & (places < 0), slots, places)
         after = Known(places.gather(-1, moved).int(), None if earlier is None else earlier.take(moved))
-        return Exchange(source, into, after, goes)
+        return Exchange(source, into, after)
 
     def settle(self, exchange: Exchange) -> None:
         """Do what these heads have chosen to do."""
         self.block.move(exchange.source, exchange.into)
-        self.known = exchange.after
+        self._know(exchange.after)
+
+    def expect(self, keys: Tensor, values: Tensor) -> None:
+        """Make room for all that these heads keep of a prompt `[batch, any heads, column, head_dim]`; `hold` fills it."""
+        heads = slice(len(self.heads))
+        self._reserve(keys.shape[2], keys[:, heads], values[:, heads])
+        self.seen = keys.shape[2]
+
+    def hold(self, keys: Tensor, values: Tensor, source: Tensor, earlier: Received | None) -> None:
+        """Let slot i hold the column `source[.., i]` of a prompt without pads, `[batch, head, column, head_dim]`."""
+        at = source[..., None]
+        self.block.write(0, *(tensor.gather(2, at.expand(-1, -1, -1, tensor.shape[3])) for tensor in (keys, values)))
+        self._know(Known(source.int(), earlier))
+
+    def _goes(self, device: torch.device) -> Tensor:
+        """The slots that the next columns will overwrite until the choice after this one, in order, `[slot]`."""
+        sinks, window, chosen, _ = self.wanted
+        end = sinks + chosen
+        return (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
+
+    def _know(self, after: Known) -> None:
+        self.known = after
         if self.record is not None:
-            (sinks, _, chosen, _), now = self.wanted, exchange.after.places.clone()
-            self.record.append(
-                Choice(self.seen, tuple(self.heads), now[..., sinks : sinks + chosen], now[..., exchange.goes])
-            )
+            (sinks, _, chosen, _), now = self.wanted, after.places.clone()
+            leaving = now[..., self._goes(now.device)]
+            self.record.append(Choice(self.seen, tuple(self.heads), now[..., sinks : sinks + chosen], leaving))
         self._chosen_at, self.due = self.seen, self.seen + self.every
 
     def can_crop(self, tokens: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcompress.cache.choices import Choice, Choices, require_free_of_queries
 from kvcompress.cache.choosing_group import ChoosingGroup
+from kvcompress.cache.choosing_prompt import choose_of_prompt
 from kvcompress.cache.choosing_together import choose, choose_due
 from kvcompress.cache.exchange import Evidence
 from kvcompress.cache.group import Group
@@ -32,7 +33,8 @@ class ChoosingLayer(RaggedLayer):
 
     def __init__(self, kept: Sequence[Retention], shared: Shared, limit: int | None = None) -> None:
         super().__init__(kept, shared, limit)
-        self._choosers = [(i, group) for i, group in enumerate(self._blocks) if isinstance(group, ChoosingGroup)]
+        choosers = [(i, group) for i, group in enumerate(self._blocks) if isinstance(group, ChoosingGroup)]
+        self._choosers = sorted(choosers, key=lambda of: of[1].wanted.score)  # that a prompt meets each score once
         asking = [group.score for _, group in self._choosers if group.score.needs_queries]
         self._asked = bool(asking)
         # How many of a prompt's queries are looked at, None for all.
@@ -209,17 +211,28 @@ class ChoosingLayer(RaggedLayer):
             self._recent.store_at(query, column)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
-        super()._store(keys, values)
-        due = [(i, group) for i, group in self._choosers if group.seen > group.due]  # a prompt longer than they hold
+        new, padded = keys.shape[2], self.shared.padding.longest > 0
+        due = [
+            (i, group) for i, group in self._choosers if group.seen + new > group.due
+        ]  # they hold less than a prompt
+        later = [] if padded else [group for _, group in due]
+        for i, group in enumerate(self._blocks):
+            if group in later:
+                group.expect(keys, values)
+            else:
+                self._append(i, keys, values)
         if not due:
             return
         staged = self._staged if len(self._staged) < 2 else [torch.cat(self._staged, dim=3)]
+        queries = staged[0] if staged else None
+        evidence = Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
         with self.shared.beside.work(keys, values, *staged):
+            if later:
+                choose_of_prompt(later, keys, values, evidence)
+                return
             for i, group in due:
                 index = self._index_on(i, keys.device)
-                queries = staged[0][:, index] if staged and group.score.needs_queries else None
-                evidence = Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
-                group.choose_of_prompt(keys[:, index], values[:, index], evidence)
+                group.choose_of_padded_prompt(keys[:, index], values[:, index], evidence.of(index))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What goes into a choice of keys and what comes out of it, for one group of heads or for several that are alike."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ class Evidence:
     scaling: float
     padding: Padding
     rotation: Rotation | None
+
+    def of(self, heads: slice | Tensor) -> "Evidence":
+        """The same for some of the KV heads."""
+        return self if self.queries is None else replace(self, queries=self.queries[:, heads])
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,12 @@ class Known:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a choice comes to: the slots `into` shall hold what the slots `source` hold now, `[batch, head, slot]` each.
-
-    after: what is known then. goes: the slots that the next columns will overwrite, in order, `[slot]`.
-    """
+    """What a choice comes to: the slots `into` shall hold what the slots `source` hold now, `[batch, head, slot]` each;
+    `after` is what is known then."""
 
     source: Tensor
     into: Tensor
     after: Known
-    goes: Tensor
 
     def split(self, heads: Sequence[int]) -> Iterator["Exchange"]:
         """The same, cut into so many heads each, with memory of its own for what will be kept."""
@@ -62,7 +63,7 @@ class Exchange:
             part = slice(begin, begin + count)
             received = earlier and Received(earlier.total[:, part].clone(), earlier.queries[:, part].clone())
             known = Known(self.after.places[:, part].clone(), received)
-            yield Exchange(self.source[:, part], self.into[:, part], known, self.goes)
+            yield Exchange(self.source[:, part], self.into[:, part], known)
             begin += count
 
 

@@ -48,7 +48,7 @@ class RaggedLayer(CompressedLayer):
             if not keeps.pruned:
                 alike.setdefault(keeps, []).append(head)
         self._blocks = [self._group(keeps, heads) for keeps, heads in alike.items()]
-        self._indices: list[Index] = [_index(group.heads) for group in self._blocks]
+        self._indices: list[Index] = [index_of(group.heads) for group in self._blocks]
         self._places = Heads(self.heads)
         self._whole = len(self._blocks) == 1 and len(self._blocks[0].heads) == self.heads
         # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
@@ -148,9 +148,12 @@ class RaggedLayer(CompressedLayer):
         return self.shared.fused.attend(self._places, self._blocks, query, self.seen + 1, reading, new)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
-        for i, group in enumerate(self._blocks):
-            index = self._index_on(i, keys.device)
-            group.append(keys[:, index], values[:, index], self.shared.padding)
+        for i in range(len(self._blocks)):
+            self._append(i, keys, values)
+
+    def _append(self, group: int, keys: Tensor, values: Tensor) -> None:
+        index = self._index_on(group, keys.device)
+        self._blocks[group].append(keys[:, index], values[:, index], self.shared.padding)
 
     def _index_on(self, group: int, device: torch.device) -> Index:
         index = self._indices[group]
@@ -159,7 +162,8 @@ class RaggedLayer(CompressedLayer):
         return index
 
 
-def _index(heads: list[int]) -> Index:
+def index_of(heads: list[int]) -> Index:
+    """What takes these heads out of a tensor, without a copy where they lie together."""
     if all(after == before + 1 for before, after in pairwise(heads)):
         return slice(heads[0], heads[-1] + 1)
     return torch.tensor(heads)
