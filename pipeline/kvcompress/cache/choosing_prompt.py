@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.exchange import Evidence
-from kvcompress.cache.ragged import index_of
 from kvcompress.scores.choosing import ranking
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
@@ -28,17 +27,25 @@ def choose_of_prompt(groups: Sequence[ChoosingGroup], keys: Tensor, values: Tens
 
     keys, values, evidence: those of all heads of the layer. Groups with the same score have to follow each other.
     """
-    index = index_of([head for group in groups for head in group.heads])
-    if isinstance(index, Tensor):
-        index = index.to(keys.device, non_blocking=True)
-    Prompt(groups, keys[:, index], values[:, index], evidence.of(index)).choose()
+    heads = [head for group in groups for head in group.heads]
+    Prompt(groups, heads, side_by_side(keys, heads), side_by_side(values, heads), evidence).choose()
+
+
+def side_by_side(tensor: Tensor, heads: Sequence[int]) -> Tensor:
+    """These heads of `[batch, head, ...]`, side by side."""
+    first = [i for i, head in enumerate(heads) if not i or head != heads[i - 1] + 1]
+    ends = [*first[1:], len(heads)]
+    runs = [tensor[:, heads[i] : heads[i] + end - i] for i, end in zip(first, ends, strict=True)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a choice of these groups is made from: K, V and queries of their heads, side by side in the groups' order."""
+    """What a choice of these groups is made from: K and V of their heads, `heads`, side by side in the groups' order, and
+    the evidence of the whole layer."""
 
     groups: Sequence[ChoosingGroup]
+    heads: Sequence[int]
     keys: Tensor
     values: Tensor
     evidence: Evidence
@@ -57,7 +64,8 @@ class Prompt:
         oldest = since + columns[: max(group.every for group in self.groups)]
         oldest = oldest.clamp_max(seen - 1).expand(len(order), -1, -1)
         enters = taken.gather(-1, oldest)
-        worst = torch.searchsorted((order < since).cumsum(-1), chosen + 1 - enters.cumsum(-1))
+        near = max(group.wanted.chosen + group.every for group in self.groups)  # ranks that this is settled in
+        worst = torch.searchsorted((order[..., :near] < since).cumsum(-1), chosen + 1 - enters.cumsum(-1))
         leaving = torch.where(enters, order.gather(-1, worst), oldest)
         for group, part, earlier in zip(self.groups, self._parts(), received, strict=True):
             (first, size, keep, _), r = group.wanted, group.every
@@ -85,7 +93,7 @@ class Prompt:
         for score, members in groupby(zip(self.groups, self._parts(), strict=True), lambda member: member[0].score):
             parts = [part for _, part in members]
             held = self._held(score, slice(parts[0].start, parts[-1].stop), places, stays)
-            scores.append(score(held))
+            scores.append(score.of_candidates(held))
             found, begin = score.received(held), parts[0].start
             for part in parts:
                 of = slice(part.start - begin, part.stop - begin)
@@ -93,11 +101,14 @@ class Prompt:
         return scores[0] if len(scores) == 1 else torch.cat(scores, 1), received
 
     def _held(self, score: Score, part: slice, places: Tensor, stays: Tensor) -> Held:
-        queries, at, seen = None, None, self.keys.shape[2]
+        queries, at, stand, seen = None, None, None, self.keys.shape[2]
         if score.needs_queries:
-            assert self.evidence.queries is not None
-            queries = self.evidence.queries[:, part].flatten(1, 2)
-            at = torch.arange(seen - queries.shape[2], seen, device=places.device)[None]
+            asked = self.evidence.queries
+            assert asked is not None
+            some = score.looks_at(asked.shape[3])
+            queries = side_by_side(asked[:, :, :, some], self.heads[part]).flatten(1, 2)
+            stand = range(seen - asked.shape[3], seen)[some]
+            at = places[0, :, stand.start : stand.stop : stand.step]
         return Held(
             self.keys[:, part],
             self.values[:, part],
@@ -107,5 +118,6 @@ class Prompt:
             at,
             self.evidence.rotation,
             stays=stays[:, part],
-            in_order=queries is not None and queries.shape[2] == seen,
+            in_order=True,
+            asked=stand,
         )

@@ -49,7 +49,10 @@ class Rotation:
 
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
         """Turn `[..., query, head_dim]` by positions `by`, integers that broadcast against `[..., query]`."""
-        cos, sin = self.cos_sin(by)
+        return self.turn_by(vectors, *self.cos_sin(by))
+
+    def turn_by(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn `[..., query, head_dim]` by angles with these cosines and sines, which broadcast against its planes."""
         rotated, rest = vectors[..., : self.dim].float(), vectors[..., self.dim :]
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat(

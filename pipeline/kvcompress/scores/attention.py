@@ -27,7 +27,7 @@ def received(held: Held, last: int | None = None, most: int | None = None) -> Re
     """
     assert held.queries is not None
     some = which(held.queries.shape[2], last, most)
-    if held.in_order and held.limit is None and launches.can_launch(held.queries, held.keys):
+    if held.whole and held.limit is None and launches.can_launch(held.queries, held.keys):
         found = of_a_text(held, some)
     else:
         batch, heads, count = held.keys.shape[:3]
@@ -71,7 +71,7 @@ def blocks(held: Held, some: slice = slice(None)) -> Iterator[tuple[Tensor, Tens
     for begin in range(0, length, step):
         visible = sees(at[:, begin : begin + step], held)
         end = held.positions.shape[-1]
-        if held.in_order:
+        if held.whole:
             end = range(end)[some][min(begin + step, length) - 1] + 1
         elif begin + step < length:  # the last ones see almost all, and to look would wait for the device
             end = last_true(visible)

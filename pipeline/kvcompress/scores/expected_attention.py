@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,34 +55,62 @@ class ExpectedAttention(Score):
     def needs_rotation(self) -> bool:
         return True
 
+    def looks_at(self, count: int) -> slice:
+        return which(count, most=self.most)
+
     def rank(self, held: Held) -> Tensor:
         assert held.rotation is not None
         mean, spread = self.future_queries(held, held.rotation)
         logits = logits_of(held.keys, mean * held.scaling, None if spread is None else spread * (held.scaling**2 / 2))
-        expected = logits.masked_fill(~held.candidates[:, :, None], -float("inf")).softmax(-1).mean(2) + self.epsilon
+        expected = logits.masked_fill(held.others[:, :, None], -float("inf")).softmax(-1).mean(2)
+        expected = expected + self.epsilon if self.epsilon else expected
         return expected * vector_norm(held.values, dim=-1, dtype=torch.float32) if self.value_norm else expected
 
     def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
         assert held.queries is not None
-        some = which(held.queries.shape[2], most=self.most)
-        at = held.at[:, some]
-        queries = held.queries[:, :, some].float().unflatten(1, (held.keys.shape[1], -1))
-        queries = rotation.turn(queries, -at[:, None, None, :])
+        some = self.looks_at(held.queries.shape[2])
+        if held.asked is None:
+            times = self.times(held.at[:, some], rotation, held.queries.shape[-1])
+        else:
+            times = known_times(self, held.asked[some], rotation, held.queries.shape[-1], held.queries.device)
+        queries = rotation.turn_by(held.queries[:, :, some].float(), times.cos, times.sin)
+        queries = queries.unflatten(1, (held.keys.shape[1], -1))
+        mean = (times.share.mT @ queries)[:, :, :, 0]
+        spread = None
+        if self.covariance:
+            half = held.queries.dtype == torch.bfloat16
+            centred = torch.empty_like(queries, dtype=torch.bfloat16 if half else torch.float32)
+            torch.mul(queries - mean[:, :, :, None], times.root, out=centred)
+            spread = times.ahead.mT @ (centred.mT @ centred).float() @ times.ahead
+        return (mean[..., None, :] @ times.ahead)[..., 0, :], spread
+
+    def times(self, at: Tensor, rotation: Rotation, size: int) -> "Times":
+        """What of all this the positions of the queries decide, `[batch or 1, query]`; `size` is head_dim."""
         counted = at >= self.skip
         counted = torch.where(counted.any(-1, keepdim=True), counted, at >= 0)
         share = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
-        mean = (queries * share).sum(3)
-        ahead = mean_turn(rotation.dim, rotation.theta, queries.shape[-1], self.future, mean.device)
+        ahead = mean_turn(rotation.dim, rotation.theta, size, self.future, at.device)
         following = at.amax(-1, keepdim=True) + 1  # [batch or 1, 1]
         ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
-        spread = None
-        if self.covariance:
-            centred = (queries - mean[:, :, :, None]) * share.sqrt()
-            if held.queries.dtype == torch.bfloat16:
-                centred = centred.bfloat16()
-            spread = ahead.mT @ (centred.mT @ centred).float() @ ahead
-        return (mean[..., None, :] @ ahead)[..., 0, :], spread
+        return Times(*rotation.cos_sin(-at[:, None, :]), share, share.sqrt(), ahead)
+
+
+class Times(NamedTuple):
+    """cos, sin `[batch or 1, 1, query, plane]` turn queries back; share `[batch or 1, 1, 1, query, 1]` is what each counts,
+    root its square root; ahead `[batch or 1, 1, 1, head_dim, head_dim]` turns to where queries will stand."""
+
+    cos: Tensor
+    sin: Tensor
+    share: Tensor
+    root: Tensor
+    ahead: Tensor
+
+
+@lru_cache(maxsize=4)
+def known_times(score: ExpectedAttention, at: range, rotation: Rotation, size: int, device: torch.device) -> Times:
+    """The same of one row whose positions are known, as they are in every layer that reads a prompt."""
+    return score.times(torch.arange(at.start, at.stop, at.step, device=device)[None], rotation, size)
 
 
 def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None) -> Tensor:

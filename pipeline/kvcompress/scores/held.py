@@ -31,8 +31,10 @@ class Held:
     limit: the model's own sliding window (a query at p sees nothing before p - limit + 1), None without one.
     stays: bool `[batch or 1, kv_head or 1, key]`, keys that are kept whatever they score (sinks, window). Every score
         answers them with +inf; those that compare keys with each other leave them out where their paper does.
-    in_order: these are all keys and queries of a text without pads, column by column, so that where each stands need not
-        be looked up, which on an accelerator would wait for all of its work. No more is claimed where it is False.
+    in_order: these are all keys of a text without pads, column by column, so that where each stands need not be looked
+        up, which on an accelerator would wait for all of its work. Where there are as many queries, they are so too. No
+        more is claimed where it is False.
+    asked: the positions of the queries as numbers, where they are known to be these in every row; None for unknown.
     earlier: what every key had received before these queries came, see `Received`; None where nothing is known.
 
     Raises `InputError` where the shapes do not fit together.
@@ -49,6 +51,7 @@ class Held:
     stays: Tensor | None = None
     earlier: Received | None = None
     in_order: bool = False
+    asked: range | None = None
 
     def __post_init__(self) -> None:
         batch, heads, count = self.keys.shape[:3]
@@ -73,7 +76,21 @@ class Held:
     @cached_property
     def candidates(self) -> Tensor:
         """Which keys the choice is between, bool `[batch, kv_head, key]`."""
+        if self.in_order and self.stays is not None:
+            return ~self.stays.expand(self.keys.shape[:3])
         return self.real if self.stays is None else self.real & ~self.stays
+
+    @cached_property
+    def others(self) -> Tensor:
+        """All but the candidates."""
+        if self.in_order and self.stays is not None:
+            return self.stays.expand(self.keys.shape[:3])
+        return ~self.candidates
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all keys and all queries of a text, column by column."""
+        return self.in_order and self.queries is not None and self.queries.shape[2] == self.keys.shape[2]
 
     def received(self, most: int | None) -> Received:
         """What the keys received from the queries at hand (see `most` of `kvcompress.scores.attention.received`) and

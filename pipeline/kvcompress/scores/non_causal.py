@@ -24,7 +24,7 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     m / n, which is 1 in a text without holes: there this is the plain sum over queries. Keys that stay are taken to be
     absent. Candidates in a chunk without queries get 0.
     """
-    if held.in_order:
+    if held.whole:
         assert held.queries is not None
         if chunk <= launches.LARGEST_CHUNK and launches.can_launch(held.queries, held.keys):
             return launches.among_neighbours(held.queries, held.keys, held.candidates, chunk, scale)

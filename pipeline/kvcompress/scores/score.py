@@ -44,8 +44,18 @@ class Score(ABC):
         """How many of the last queries it looks at, None for all."""
         return None
 
+    def looks_at(self, count: int) -> slice:
+        """Of the last `count` queries those that are enough to have; all of them, unless it can do without their order."""
+        return slice(None)
+
     @torch.no_grad()
     def __call__(self, held: Held) -> Tensor:
+        scores = self.of_candidates(held).masked_fill(~held.real, -float("inf"))
+        return scores if held.stays is None else scores.masked_fill(held.real & held.stays, float("inf"))
+
+    @torch.no_grad()
+    def of_candidates(self, held: Held) -> Tensor:
+        """The same for who does not ask for anything but `held.candidates`: others may have any number."""
         name = type(self).__name__
         if self.needs_queries and (held.queries is None or not held.queries.shape[2]):
             raise InputError(f"{name} ranks keys by the attention of queries, and there are none")
@@ -53,8 +63,7 @@ class Score(ABC):
             raise UnsupportedModelError(
                 f"{name} looks at queries or keys before rotation, and this model's rotary embedding is not known"
             )
-        scores = self.rank(held).masked_fill(~held.real, -float("inf"))
-        return scores if held.stays is None else scores.masked_fill(held.real & held.stays, float("inf"))
+        return self.rank(held)
 
     @abstractmethod
     def rank(self, held: Held) -> Tensor:
