@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_not_priced() -> None:
     found, rotation = priced_choices(config, params, 400)
     assert rotation is not None
     assert found == [Choice(score, 0.5, size) for score in ("key_diff", "leverage") for size in (128, 256)]
-    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
     found, rotation = priced_choices(config, params, 400)
     assert rotation is None
     assert {choice.score for choice in found} == {"key_diff"}

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvcompress.cli.main import app
-from kvcompress.cli.plan import UNPRICED, unpriced
+from kvcompress.cli.plan import unpriced
 from kvcompress.errors import KVCompressError
 from kvcompress.params.benchmark import BASELINES
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.policies import POLICIES, Planner
+from kvcompress.planning.policies import POLICIES, WITHOUT_PRICES, Planner
 from kvcompress.retention import FULL, Retention
 from tests.project import ROOT
 from tests.tiny import prose, save_tiny, tiny_model
@@ -144,7 +144,7 @@ def test_a_policy_without_prices_measures_nothing(folder: Path) -> None:
 def test_the_policies_without_prices_are_all_that_never_look_at_them(folder: Path) -> None:
     """Every other policy fails where nothing was measured."""
     planner = Planner(unpriced(tiny_model("llama")), "tiny", 8, 4, 512, 1.0)
-    for policy in set(POLICIES) - set(UNPRICED):
+    for policy in set(POLICIES) - set(WITHOUT_PRICES):
         with pytest.raises((ValueError, IndexError)):
             planner.plan(policy, Budget.parse("25%"))
 

@@ -119,6 +119,6 @@ def test_models_whose_rotation_is_not_known():
     compressor = StreamingLLMCompressor(positions="cache")
     with pytest.raises(UnsupportedModelError, match="not of 'gpt2'"):
         compressor.new_cache(model_of("gpt2").config)
-    scaled = LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(UnsupportedModelError, match="this model has 'linear'"):
+    scaled = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(UnsupportedModelError, match="this model's is 'dynamic'"):
         compressor.new_cache(scaled)

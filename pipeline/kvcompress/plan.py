@@ -142,6 +142,8 @@ class RetentionPlan:
     @classmethod
     def load(cls, path: str | Path) -> "RetentionPlan":
         """Read a plan file. Raises `InputError` that names the file and its first defect."""
+        if Path(path).suffix == ".safetensors":
+            raise InputError(f"{path} is no plan file, which would be JSON; of prices `kvcompress plan` makes one")
         file = read_model(path, PlanFile)
         rows = sorted(file.heads, key=lambda head: (head.layer, head.kv_head))
         kept, width = [head.config.retention for head in rows], file.model.num_key_value_heads

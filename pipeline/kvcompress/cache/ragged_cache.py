@@ -73,11 +73,12 @@ class RaggedCache(Cache):
         low, high = min(map(min, held)), max(map(max, held))
         spread = f"{low}" if low == high else f"{low} to {high}"
         part = self.shared.part
+        beside = f" {self.evidence_nbytes / 1e6:,.1f} MB to choose by," if self.evidence_nbytes else ""
         which = f" of part {part.index + 1} of {part.count}" if part.count > 1 else ""
         return (
             f"RaggedCache({len(held)} layers × {heads} KV heads{which}, {self.shared.prefill} prefill:"
             f" {self.seen} tokens seen, {spread} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"
-            f" peak {self.peak_nbytes / 1e6:,.1f} MB)"
+            f"{beside} peak {self.peak_nbytes / 1e6:,.1f} MB)"
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -2,27 +2,36 @@
 
 Rotary embedding is a group of rotations: a vector rotated for position p becomes the one rotated for position c by
 turning it by c - p. The turn is made from the exact integer difference in float32, so the cache's renumbering adds no
-error that grows with the text. Only the plain rotary embedding is known here (half-split, unscaled, on the first
-`dim` of each head's dimensions, as Llama and GPT-NeoX lay it out).
+error that grows with the text. Known here is the rotary embedding on the first `dim` of each head's dimensions, half-split
+as Llama and GPT-NeoX lay it out, whose planes turn at speeds that do not depend on the length of the text.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvcompress.errors import UnsupportedModelError
 
 # Model types whose keys reach the cache rotated in the half-split layout; others interleave or do not rotate.
 HALF_SPLIT = frozenset(("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "stablelm"))
+# Kinds that scale the speeds of the planes, once and for all; yarn scales vectors too, which turning leaves as they are.
+SCALED = ("linear", "llama3", "yarn")
 
 
+@dataclass(frozen=True)
 class Rotation:
-    """Rotations on the first `dim` dimensions of a head with base `theta` (RoFormer, arXiv 2104.09864)."""
+    """Rotations on the first `dim` dimensions of a head with base `theta` (RoFormer, arXiv 2104.09864).
 
-    def __init__(self, dim: int, theta: float) -> None:
-        self.dim, self.theta = dim, theta
+    speeds: radians a position of every plane, where they are not those of the base.
+    """
+
+    dim: int
+    theta: float
+    speeds: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, config: Any, asker: str = 'positions="cache"') -> "Rotation":
@@ -34,17 +43,19 @@ class Rotation:
             )
         rope = getattr(config, "rope_parameters", None) or {}
         kind = rope.get("rope_type", "default")
-        if kind != "default" or "rope_theta" not in rope:
-            raise UnsupportedModelError(f"{asker} needs the plain rotary embedding, this model has {kind!r}")
+        if kind not in ("default", *SCALED) or "rope_theta" not in rope:
+            known = f"default, {', '.join(SCALED)}"
+            raise UnsupportedModelError(f"{asker} needs a rotary embedding of type {known}, this model's is {kind!r}")
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dim = int(head * rope.get("partial_rotary_factor", 1.0))
         if dim % 2:
             raise UnsupportedModelError(f"{asker} needs an even number of rotary dimensions, not {dim}")
-        return cls(dim, float(rope["rope_theta"]))
+        speeds = () if kind == "default" else tuple(ROPE_INIT_FUNCTIONS[kind](config)[0].tolist())
+        return cls(dim, float(rope["rope_theta"]), speeds)
 
     def cos_sin(self, by: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the planes' angles at positions `by`, float32 `[..., dim / 2]` each."""
-        angles = by[..., None].float() / wavelengths(self.dim, self.theta, by.device)
+        angles = by[..., None].float() * speeds_of(self, by.device)
         return angles.cos(), angles.sin()
 
     def turn(self, vectors: Tensor, by: Tensor) -> Tensor:
@@ -62,6 +73,8 @@ class Rotation:
 
 
 @lru_cache(maxsize=32)
-def wavelengths(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Positions that turn each plane by one radian, float32 `[dim / 2]`."""
-    return theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+def speeds_of(rotation: Rotation, device: torch.device) -> Tensor:
+    """Radians by which each plane turns a position, float32 `[dim / 2]`."""
+    if rotation.speeds:
+        return torch.tensor(rotation.speeds, device=device)
+    return 1 / rotation.theta ** (torch.arange(0, rotation.dim, 2, dtype=torch.float32, device=device) / rotation.dim)

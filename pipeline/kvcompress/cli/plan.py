@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from kvcompress.analysis.sensitivity import Sensitivity
 
-UNPRICED = ("uniform", "class_table", "class_table_scaled")  # policies that ask for no prices
-
 
 def require_possible(policy: str, classifications: Path | None) -> None:
     """Raise `InputError` for a policy that does not exist, or has no classification file that it needs."""
@@ -119,12 +117,13 @@ def plan(
     from kvcompress.params.base import override
     from kvcompress.params.sensitivity import SensitivityParams
     from kvcompress.planning.make_plan import make_plan
+    from kvcompress.planning.policies import WITHOUT_PRICES
 
     loaded, tokenizer, record = open_model(params)
     if sensitivity and sensitivity.is_file():
         found = Sensitivity.load(sensitivity)
         found.require_model(record.id, record.revision, sensitivity)
-    elif policy in UNPRICED and not sensitivity:
+    elif policy in WITHOUT_PRICES and not sensitivity:
         found = unpriced(loaded)
     else:
         settings = override(
@@ -137,7 +136,7 @@ def plan(
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
     if not ranks.leave():  # every process has the prices, one goes on
         return
-    prices = sensitivity or (None if policy in UNPRICED else prices_beside(output, len(amounts)))
+    prices = sensitivity or (None if policy in WITHOUT_PRICES else prices_beside(output, len(amounts)))
     if prices and not (sensitivity and sensitivity.is_file()):
         found.save(prices)
         if not as_json:

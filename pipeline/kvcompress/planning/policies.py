@@ -227,3 +227,4 @@ POLICIES: dict[str, Callable[[Planner, Budget], RetentionPlan]] = {
     "inverse": inverse,
 }
 WITHOUT_BUDGET = ("class_table",)
+WITHOUT_PRICES = ("uniform", "class_table", "class_table_scaled")

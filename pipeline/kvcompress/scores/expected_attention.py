@@ -90,7 +90,7 @@ class ExpectedAttention(Score):
         counted = at >= self.skip
         counted = torch.where(counted.any(-1, keepdim=True), counted, at >= 0)
         share = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
-        ahead = mean_turn(rotation.dim, rotation.theta, size, self.future, at.device)
+        ahead = mean_turn(rotation, size, self.future, at.device)
         following = at.amax(-1, keepdim=True) + 1  # [batch or 1, 1]
         ahead = rotation.turn(ahead.expand(len(following), -1, -1), following)[:, None, None]
         return Times(*rotation.cos_sin(-at[:, None, :]), share, share.sqrt(), ahead)
@@ -128,10 +128,10 @@ def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def mean_turn(dim: int, theta: float, size: int, positions: int, device: torch.device) -> Tensor:
+def mean_turn(rotation: Rotation, size: int, positions: int, device: torch.device) -> Tensor:
     """What the mean of the rotations for 0 ... positions - 1 makes of each unit vector, `[head_dim, head_dim]`, row by row.
 
     Rotations commute, so the mean over other positions that follow each other is this one turned by the first of them.
     """
     unit = torch.eye(size)[:, None].expand(size, positions, size)
-    return Rotation(dim, theta).turn(unit, torch.arange(positions)).mean(1).to(device)
+    return rotation.turn(unit, torch.arange(positions)).mean(1).to(device)

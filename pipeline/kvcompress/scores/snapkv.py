@@ -17,7 +17,7 @@ class SnapKV(Score):
 
     Query heads of a KV head are averaged. The paper scores only keys before the observation window; a key inside it is
     given the mean over those of the queries that could see it. Where fewer queries are at hand, as in a short chunk,
-    those observe.
+    those observe. The paper pools the prefix alone; here sinks and keys of the window count as neighbours like others.
 
     window: queries that observe.
     kernel: keys pooled over, the key itself and as many on each side; odd. Neighbours that are gone count for nothing.
