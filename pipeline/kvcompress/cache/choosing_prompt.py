@@ -58,14 +58,16 @@ class Prompt:
         since = seen - window  # from here on the window
         stays = ((columns < sinks) | (columns >= since + every))[None]
         scores, received = self._score(columns[None, None], stays)
-        order = ranking(scores, stays)
-        taken = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, (columns < chosen).expand_as(order))
+        near = max(group.wanted.chosen + group.every for group in self.groups)  # ranks in which all is settled
+        order = ranking(scores, stays)[..., :near]
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(
+            -1, order, (columns[:near] < chosen).expand_as(order)
+        )
         # The oldest of the window, which go next. For the i-th of them that is taken the i-th worst older key goes.
         oldest = since + columns[: max(group.every for group in self.groups)]
         oldest = oldest.clamp_max(seen - 1).expand(len(order), -1, -1)
         enters = taken.gather(-1, oldest)
-        near = max(group.wanted.chosen + group.every for group in self.groups)  # ranks that this is settled in
-        worst = torch.searchsorted((order[..., :near] < since).cumsum(-1), chosen + 1 - enters.cumsum(-1))
+        worst = torch.searchsorted((order < since).cumsum(-1), chosen + 1 - enters.cumsum(-1)).clamp_max(near - 1)
         leaving = torch.where(enters, order.gather(-1, worst), oldest)
         for group, part, earlier in zip(self.groups, self._parts(), received, strict=True):
             (first, size, keep, _), r = group.wanted, group.every

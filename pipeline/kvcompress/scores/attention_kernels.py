@@ -1,8 +1,9 @@
 """Triton kernels of the scores that sum up attention: weights are made inside a program and never stored.
 
 They serve half precision, whose products a GPU multiplies as they are and adds up in float32, on a text whose keys and
-queries are all there, column by column. All tensors are contiguous; weights are powers of 2, so `scale`, which multiplies
-products of queries and keys, has log2(e) in it. Importing this file needs triton; `launches` calls the kernels.
+queries are all there, column by column. Keys and queries `[batch, head, row, SIZE]` come with the elements from one batch,
+one head and one row to the next, and within a row one by one; all else is contiguous. Weights are powers of 2, so `scale`,
+which multiplies products of queries and keys, has log2(e) in it. Importing this file needs triton; `launches` calls.
 """
 
 import triton
@@ -12,29 +13,43 @@ HIDDEN = tl.constexpr(-3.4e38)  # finite: where all keys are hidden, weights mus
 
 
 @triton.jit
-def rows_of(vectors, row, inside, SIZE: tl.constexpr, SIZE_SPAN: tl.constexpr, WIDE: tl.constexpr):
-    """Vectors number `row`, `[row, SIZE_SPAN]`, 0 where they are not inside."""
+def of_head(vectors, to_batch, to_head, number, head, BY: tl.constexpr):
+    """Where head `head` of `[batch, number * BY, ...]` begins, heads counted through all batches."""
+    head = tl.cast(head, tl.int64)
+    return vectors + head // (number * BY) * to_batch + head % (number * BY) * to_head
+
+
+@triton.jit
+def rows_of(vectors, row, to_row, inside, SIZE: tl.constexpr, SIZE_SPAN: tl.constexpr, WIDE: tl.constexpr):
+    """Vectors number `row` of one head, `[row, SIZE_SPAN]`, 0 where they are not inside."""
     element = tl.arange(0, SIZE_SPAN)
-    at = vectors + row[:, None] * SIZE + element[None, :]
+    at = vectors + tl.cast(row, tl.int64)[:, None] * to_row + element[None, :]
     found = tl.load(at, mask=inside[:, None] & (element[None, :] < SIZE), other=0.0)
     return found.to(tl.float32) if WIDE else found
 
 
 @triton.jit
-def columns_of(vectors, column, inside, SIZE: tl.constexpr, SIZE_SPAN: tl.constexpr, WIDE: tl.constexpr):
+def columns_of(vectors, column, to_row, inside, SIZE: tl.constexpr, SIZE_SPAN: tl.constexpr, WIDE: tl.constexpr):
     """The same transposed, `[SIZE_SPAN, column]`."""
     element = tl.arange(0, SIZE_SPAN)
-    at = vectors + column[None, :] * SIZE + element[:, None]
+    at = vectors + tl.cast(column, tl.int64)[None, :] * to_row + element[:, None]
     found = tl.load(at, mask=inside[None, :] & (element[:, None] < SIZE), other=0.0)
     return found.to(tl.float32) if WIDE else found
 
 
 @triton.jit
 def among_neighbours(
-    queries,  # [batch * HEADS * GROUP, count, SIZE]
-    keys,  # [batch * HEADS, count, SIZE]
-    there,  # bool [batch * HEADS, count]
-    out,  # float32 [batch * HEADS, count]
+    queries,  # [batch, heads * GROUP, count, SIZE]
+    query_batch,
+    query_head,
+    query_row,
+    keys,  # [batch, heads, count, SIZE]
+    key_batch,
+    key_head,
+    key_row,
+    there,  # bool [batch * heads, count]
+    out,  # float32 [batch * heads, count]
+    heads,
     count,
     scale,
     GROUP: tl.constexpr,  # query heads a KV head
@@ -52,12 +67,13 @@ def among_neighbours(
     place = tl.arange(0, CHUNK_SPAN)
     at = head * count + first + place
     one = tl.load(there + at, mask=place < asking, other=0).to(tl.int1)
-    key = columns_of(keys, at, place < asking, SIZE, SIZE_SPAN, WIDE)
+    own = of_head(keys, key_batch, key_head, heads, head, 1)
+    key = columns_of(own, first + place, key_row, place < asking, SIZE, SIZE_SPAN, WIDE)
     total = tl.zeros([ROWS, CHUNK_SPAN], dtype=tl.float32)
     for step in range(0, GROUP * tl.cdiv(asking, ROWS)):
         row = step // GROUP * ROWS + tl.arange(0, ROWS)
-        of = (head * GROUP + step % GROUP) * count + first + row
-        query = rows_of(queries, of, row < asking, SIZE, SIZE_SPAN, WIDE)
+        of = of_head(queries, query_batch, query_head, heads, head * GROUP + step % GROUP, GROUP)
+        query = rows_of(of, first + row, query_row, row < asking, SIZE, SIZE_SPAN, WIDE)
         score = tl.where(one[None, :], tl.dot(query, key) * scale, HIDDEN)
         weight = tl.exp2(score - tl.max(score, 1)[:, None])
         share = tl.where(row < asking, 1.0 / tl.sum(weight, 1), 0.0)
@@ -69,9 +85,16 @@ def among_neighbours(
 
 @triton.jit
 def sums_of_weights(
-    queries,  # [batch * HEADS * GROUP, asking, SIZE], those of the last column and every `distance` before it
-    keys,  # [batch * HEADS, count, SIZE]
-    out,  # float32 [batch * HEADS * GROUP, asking]: log2 of the sum of a query's weights
+    queries,  # [batch, heads * GROUP, asking, SIZE], those of the last column and every `distance` before it
+    query_batch,
+    query_head,
+    query_row,
+    keys,  # [batch, heads, count, SIZE]
+    key_batch,
+    key_head,
+    key_row,
+    out,  # float32 [batch * heads * GROUP, asking]: log2 of the sum of a query's weights
+    heads,
     asking,
     count,
     distance,
@@ -86,13 +109,15 @@ def sums_of_weights(
     """Some queries of one head over all keys up to each, by the online softmax of FlashAttention-2 (arXiv 2307.08691)."""
     head = tl.cast(tl.program_id(1), tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    query = rows_of(queries, head * asking + row, row < asking, SIZE, SIZE_SPAN, WIDE)
+    asks = of_head(queries, query_batch, query_head, heads, head, GROUP)
+    query = rows_of(asks, row, query_row, row < asking, SIZE, SIZE_SPAN, WIDE)
+    own = of_head(keys, key_batch, key_head, heads, head // GROUP, 1)
     top, total = tl.full([ROWS], HIDDEN, dtype=tl.float32), tl.zeros([ROWS], dtype=tl.float32)
     of = count - 1 - (asking - 1 - row) * distance  # the column of a query
     end = tl.minimum(count - (asking - (tl.program_id(0) + 1) * ROWS) * distance, count)
     for begin in range(0, end, KEYS):
         column = begin + tl.arange(0, KEYS)
-        key = columns_of(keys, head // GROUP * count + column, column < count, SIZE, SIZE_SPAN, WIDE)
+        key = columns_of(own, column, key_row, column < count, SIZE, SIZE_SPAN, WIDE)
         seen = column[None, :] <= of[:, None]
         score = tl.where(seen, tl.dot(query, key) * scale, HIDDEN)
         higher = tl.maximum(top, tl.max(score, 1))
@@ -104,9 +129,16 @@ def sums_of_weights(
 @triton.jit
 def received_by_keys(
     queries,  # as above
+    query_batch,
+    query_head,
+    query_row,
     keys,
+    key_batch,
+    key_head,
+    key_row,
     sums,  # what `sums_of_weights` found
-    out,  # float32 [batch * HEADS, count]
+    out,  # float32 [batch * heads, count]
+    heads,
     asking,
     count,
     distance,
@@ -121,14 +153,16 @@ def received_by_keys(
     """Some keys of one KV head: the attention of all queries that see them, summed, mean over the group."""
     head = tl.cast(tl.program_id(1), tl.int64)
     column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    key = columns_of(keys, head * count + column, column < count, SIZE, SIZE_SPAN, WIDE)
+    own = of_head(keys, key_batch, key_head, heads, head, 1)
+    key = columns_of(own, column, key_row, column < count, SIZE, SIZE_SPAN, WIDE)
     total = tl.zeros([ROWS, KEYS], dtype=tl.float32)
     # Queries before the first of these keys see none of them.
     first = tl.maximum(asking - 1 - (count - 1 - tl.program_id(0) * KEYS) // distance, 0) // ROWS
     for step in range(first * GROUP, tl.cdiv(asking, ROWS) * GROUP):
         row = step // GROUP * ROWS + tl.arange(0, ROWS)
+        asks = of_head(queries, query_batch, query_head, heads, head * GROUP + step % GROUP, GROUP)
+        query = rows_of(asks, row, query_row, row < asking, SIZE, SIZE_SPAN, WIDE)
         of = (head * GROUP + step % GROUP) * asking + row
-        query = rows_of(queries, of, row < asking, SIZE, SIZE_SPAN, WIDE)
         whole = tl.load(sums + of, mask=row < asking, other=0.0)
         seen = (column[None, :] <= count - 1 - (asking - 1 - row[:, None]) * distance) & (row < asking)[:, None]
         total += tl.where(seen, tl.exp2(tl.dot(query, key) * scale - whole[:, None]), 0.0)

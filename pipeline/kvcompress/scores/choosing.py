@@ -29,7 +29,9 @@ def ranking(scores: Tensor, exclude: Tensor | None = None) -> Tensor:
     ranked = scores.float().nan_to_num(nan=WORST, neginf=WORST, posinf=float("inf"))
     if exclude is not None:
         ranked = ranked.masked_fill(exclude, -float("inf"))
-    return ranked.sort(dim=-1, descending=True, stable=True).indices  # topk promises no order among equals
+    return ranked.sort(
+        dim=-1, descending=True, stable=True
+    ).indices  # topk promises no order among equals, nor is faster
 
 
 def first(marked: Tensor, count: int) -> Tensor:

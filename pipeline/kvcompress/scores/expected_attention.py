@@ -61,7 +61,7 @@ class ExpectedAttention(Score):
     def rank(self, held: Held) -> Tensor:
         assert held.rotation is not None
         mean, spread = self.future_queries(held, held.rotation)
-        logits = logits_of(held.keys, mean * held.scaling, None if spread is None else spread * (held.scaling**2 / 2))
+        logits = logits_of(held.keys, mean, spread, held.scaling)
         expected = logits.masked_fill(held.others[:, :, None], -float("inf")).softmax(-1).mean(2)
         expected = expected + self.epsilon if self.epsilon else expected
         return expected * vector_norm(held.values, dim=-1, dtype=torch.float32) if self.value_norm else expected
@@ -70,11 +70,15 @@ class ExpectedAttention(Score):
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
         assert held.queries is not None
         some = self.looks_at(held.queries.shape[2])
+        queries = held.queries[:, :, some]
         if held.asked is None:
-            times = self.times(held.at[:, some], rotation, held.queries.shape[-1])
+            times = self.times(held.at[:, some], rotation, queries.shape[-1])
         else:
-            times = known_times(self, held.asked[some], rotation, held.queries.shape[-1], held.queries.device)
-        queries = rotation.turn_by(held.queries[:, :, some].float(), times.cos, times.sin)
+            times = known_times(self, held.asked[some], rotation, queries.shape[-1], queries.device)
+        if held.asked is not None and launches.can_launch(queries):
+            queries = launches.turned(queries, times.cos[0, 0], times.sin[0, 0])
+        else:
+            queries = rotation.turn_by(queries.float(), times.cos, times.sin)
         queries = queries.unflatten(1, (held.keys.shape[1], -1))
         mean = (times.share.mT @ queries)[:, :, :, 0]
         spread = None
@@ -113,15 +117,15 @@ def known_times(score: ExpectedAttention, at: range, rotation: Rotation, size: i
     return score.times(torch.arange(at.start, at.stop, at.step, device=device)[None], rotation, size)
 
 
-def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None) -> Tensor:
-    """k.m + k'Ck of keys `[batch, kv_head, key, head_dim]`, float32 `[batch, kv_head, group, key]`."""
+def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None, scaling: float) -> Tensor:
+    """s k.m + s^2 k'Ck / 2 of keys `[batch, kv_head, key, head_dim]`, float32 `[batch, kv_head, group, key]`."""
     if spread is not None and keys.dtype == torch.bfloat16 and launches.can_launch(keys):
-        return launches.gaussian_logits(keys, mean, spread)
-    logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean)
+        return launches.gaussian_logits(keys, mean, spread, scaling)
+    logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean * scaling)
     if spread is not None:
         # In the precision of the keys, where that has the range; float16 has not.
         keys = (keys.float() if keys.dtype == torch.float16 else keys).contiguous()
-        spread = spread.to(keys.dtype)
+        spread = (spread * (scaling**2 / 2)).to(keys.dtype)
         for i in range(mean.shape[2]):  # one query head at a time: [.., group, key, head_dim] may be large
             logits[:, :, i] += (keys @ spread[:, :, i]).mul_(keys).sum(-1, dtype=torch.float32)
     return logits

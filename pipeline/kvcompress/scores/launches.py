@@ -39,10 +39,11 @@ def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, s
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
     with on(keys.device):
         attention_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
-            queries.contiguous(),
-            keys.contiguous(),
+            *laid_out(queries),
+            *laid_out(keys),
             there.contiguous(),
             out,
+            heads,
             count,
             scale * log2(e),
             GROUP=queries.shape[1] // heads,
@@ -68,23 +69,23 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
     group, rows, columns = query_heads // heads, 64, 64
     sums = torch.empty(batch, query_heads, asking, dtype=torch.float32, device=keys.device)
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
-    queries, keys = queries.contiguous(), keys.contiguous()
+    vectors = *laid_out(queries), *laid_out(keys)
     sizes = {"GROUP": group, "SIZE": size, "WIDE": keys.device.type == "cpu", "SIZE_SPAN": power(size)}
     sizes |= {"ROWS": rows, "KEYS": columns}
-    numbers = asking, count, step, scale * log2(e)
+    numbers = heads, asking, count, step, scale * log2(e)
     with on(keys.device):
         attention_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
-            queries, keys, sums, *numbers, **sizes, num_warps=4
+            *vectors, sums, *numbers, **sizes, num_warps=4
         )
         attention_kernels.received_by_keys[(-(-count // columns), batch * heads)](
-            queries, keys, sums, out, *numbers, **sizes, num_warps=4
+            *vectors, sums, out, *numbers, **sizes, num_warps=4
         )
     return out
 
 
-def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """k.m + k'Ck: keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, spread `[.., head_dim,
-    head_dim]` -> float32 `[batch, kv_head, group, key]`."""
+def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor, scaling: float) -> Tensor:
+    """s k.m + s^2 k'Ck / 2: keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, spread `[..,
+    head_dim, head_dim]` -> float32 `[batch, kv_head, group, key]`."""
     from kvcompress.scores import key_kernels
 
     batch, heads, count, size = keys.shape
@@ -92,11 +93,13 @@ def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     out = torch.empty(batch, heads, group, count, dtype=torch.float32, device=keys.device)
     with on(keys.device):
         key_kernels.gaussian_logits[(-(-count // rows), batch * heads)](
-            keys.contiguous(),
+            *laid_out(keys),
             mean.float().contiguous(),
             spread.to(keys.dtype).contiguous(),
             out,
+            heads,
             count,
+            scaling,
             GROUP=group,
             SIZE=size,
             WIDE=keys.device.type == "cpu",
@@ -120,12 +123,13 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
     out = torch.empty(batch, heads, count, sketch, dtype=torch.float32, device=keys.device)
     with on(keys.device):
         key_kernels.turned_back[(-(-count // rows), batch * heads)](
-            keys.contiguous(),
+            *laid_out(keys),
             there.contiguous(),
             cos,
             sin,
             projection.contiguous(),
             out,
+            heads,
             count,
             SIZE=size,
             HALF=half,
@@ -135,6 +139,32 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
             REST_SPAN=power(rest) if rest else 0,
             SKETCH_SPAN=power(sketch),
             num_warps=8,
+        )
+    return out
+
+
+def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`Rotation.turn_by` of vectors `[batch, head, row, head_dim]` with cos and sin `[row, plane]`, as float32."""
+    from kvcompress.scores import key_kernels
+
+    batch, heads, count, size = vectors.shape
+    half, rows = cos.shape[1], 32
+    rest = size - 2 * half
+    out = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
+    with on(vectors.device):
+        key_kernels.turned[(-(-count // rows), batch * heads)](
+            *laid_out(vectors),
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            heads,
+            count,
+            SIZE=size,
+            HALF=half,
+            ROWS=rows,
+            HALF_SPAN=power_from(half),
+            REST_SPAN=power_from(rest) if rest else 0,
+            num_warps=4,
         )
     return out
 
@@ -160,6 +190,12 @@ def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
             num_warps=4,
         )
     return out
+
+
+def laid_out(vectors: Tensor) -> tuple[Tensor, int, int, int]:
+    """`[batch, head, row, size]` and the elements from one batch, head and row to the next, for the kernels."""
+    vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    return vectors, vectors.stride(0), vectors.stride(1), vectors.stride(2)
 
 
 def power(least: int) -> int:

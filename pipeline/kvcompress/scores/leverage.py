@@ -19,6 +19,8 @@ from kvcompress.scores.non_causal import non_causal
 from kvcompress.scores.pooling import pool
 from kvcompress.scores.score import Score, require_at_least, require_odd
 
+PART = 512  # keys whose products are summed by one program
+
 
 @dataclass(frozen=True)
 class Leverage(Score):
@@ -77,8 +79,9 @@ class Leverage(Score):
         keys, number = self.projected(held), held.candidates.sum(-1).clamp_min(1)[..., None]
         # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
         exact = keys.double()
-        mean = exact.sum(2) / number
-        products = exact.mT @ exact - number[..., None] * mean[..., None] * mean[..., None, :]
+        total, products = sums(exact)
+        mean = total / number
+        products -= number[..., None] * mean[..., None] * mean[..., None, :]
         unit = torch.eye(keys.shape[-1], dtype=exact.dtype, device=exact.device)
         # The ridge makes it positive, whatever finite keys there are; to ask whether that worked would wait for the device.
         factor = torch.linalg.cholesky_ex(products + self.ridge * unit).L
@@ -97,6 +100,14 @@ class Leverage(Score):
         keys = turn.turn(keys, -held.positions) if turn else keys
         keys = keys if matrix is None else keys @ matrix
         return keys.masked_fill(~held.candidates[..., None], 0)
+
+
+def sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of X `[.., row, size]`, and X'X; in parts side by side, as a GPU multiplies few long matrices on few
+    of its processors."""
+    parts = rows.shape[-2] // PART
+    whole, rest = rows[..., : parts * PART, :].unflatten(-2, (parts, PART)), rows[..., parts * PART :, :]
+    return whole.sum(-2).sum(-2) + rest.sum(-2), (whole.mT @ whole).sum(-3) + rest.mT @ rest
 
 
 @lru_cache(maxsize=8)
