@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,39 @@ def test_generate_warns_of_a_prompt_past_the_context(folder: Path) -> None:
         assert told in said[length]
 
 
+def test_generate_warns_of_what_a_plan_was_not_made_for(folder: Path) -> None:
+    plan = RetentionPlan.load(folder / "plan.json")
+    for name, other in {"short": {"context_length": 64}, "long": {"context_length": 1000}}.items():
+        replace(plan, budget=other).save(folder / f"{name}.json")
+    said = {}
+    for name in ("short", "long", "plan"):
+        flags = ["--max-new-tokens", "2", "--plan", str(folder / f"{name}.json"), "--json"]
+        said[name] = CliRunner().invoke(app, ["generate", str(folder / "tiny"), "x" * 200, *flags]).stderr
+    share, before = plan.share(200), plan.share(64)
+    told = f"short.json was made for 64 tokens, here are 200: it keeps {share:.1%} of them, against {before:.1%}"
+    assert told in said["short"]
+    assert "make one with --context 200" in said["short"]
+    assert not said["long"]
+    assert not said["plan"]
+
+
+def test_generate_refuses_more_positions_than_a_table_has(folder: Path) -> None:
+    save_tiny("gpt2", folder / "tabled")
+    end = tiny_model("gpt2").config.max_position_embeddings
+    result = CliRunner().invoke(app, ["generate", str(folder / "tabled"), "x" * end, "--max-new-tokens", "1"])
+    assert f"tabled knows {end} positions and no further ones" in str(result.exception)
+
+
+def test_a_plan_that_chooses_says_so_and_counts_what_it_chooses_by(folder: Path) -> None:
+    plan = RetentionPlan.load(folder / "plan.json")
+    kept = Retention(2, 16, 14, "key_diff")
+    replace(plan, layers=((kept, Retention(4, 28)), plan.layers[1])).save(folder / "chooses.json")
+    shown = kvcompress(folder, "show", "chooses.json", "--context", "64")
+    assert "(c: also by content)" in shown
+    assert shown.splitlines()[1].split() == ["0", "+", "32c+", "32"]
+    assert "content" not in kvcompress(folder, "show", "plan.json", "--context", "64")
+
+
 def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
     flags = ["evaluate", "tiny", "--plan", "plan.json", "-t", "unseen.txt", "--max-tokens", "128"]
     flags += ["--retrieval-length", "200", "--retrieval-depths", "1"]
@@ -186,6 +220,9 @@ def test_evaluate_compares_at_equal_bytes(folder: Path) -> None:
     assert result == json.loads((folder / "result.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["full cache", "plan", "uniform = plan"]
     assert result["rows"][1]["rival"]["bytes"] == pytest.approx(1, abs=0.01)
+    shown = kvcompress(folder, *flags)
+    assert "uniform = plan" in shown
+    assert "the uniform cache of its bytes: perplexity" in " ".join(shown.split())
 
 
 def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
@@ -230,7 +267,7 @@ def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
 )
 def test_mistakes_end_with_a_sentence(folder: Path, flags: list[str], message: str | None) -> None:
     if message is None:
-        assert "slots held of 64, mine" in kvcompress(folder, *flags)
+        assert "slots held of 64, a row a layer, policy mine" in kvcompress(folder, *flags)
     else:
         assert message in kvcompress(folder, *flags, fails=1)
     kvcompress(folder, "analyze", "tiny", "--no-such-flag", fails=2)
@@ -242,6 +279,12 @@ def test_mistakes_end_with_a_sentence(folder: Path, flags: list[str], message: s
         (["--policy", "best"], "--policy is 'best', expected one of uniform, class_table"),
         (["--policy", "class_table"], "needs --classifications, a file of classes, found None"),
         (["--policy", "class_table_scaled", "--classifications", "nowhere.json"], "found nowhere.json"),
+        (["--early", "3"], "--early is for --policy select alone, found --policy priced"),
+        (["--policy", "uniform", "--balance", "1"], "--balance weighs prices, which --policy uniform does not look at"),
+        (
+            ["--policy", "class_table", "--classifications", __file__, "--budget", "9%"],
+            "whatever --budget: leave it out",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused_before_the_model_is_read(flags: list[str], said: str) -> None:

@@ -1,6 +1,7 @@
 """What the subcommands share: options that choose a model and texts, and loading both."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # slow imports; help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcompress.models import ModelRecord
+    from kvcompress.plan import RetentionPlan
 
 Model = Annotated[str, typer.Argument(help="A model folder (safetensors), or a name on the Hugging Face hub.")]
 Texts = Annotated[
@@ -83,6 +85,18 @@ def read_texts(paths: Sequence[Path] | None) -> dict[str, str]:
     if len(texts) < len(paths):
         raise InputError(f"--text names {len(paths)} files, but two of them have the same name")
     return texts
+
+
+def warn_of(plan: "RetentionPlan", name: str | Path, record: "ModelRecord", tokens: int) -> None:
+    """Say on standard error what a plan was not made for: this model, or a text of so many tokens."""
+    made_for = plan.budget.get("context_length")
+    if "/" in plan.model_id and "/" in record.id and plan.model_id != record.id:  # a folder's name says little
+        sys.stderr.write(f"warning: {name} was made for {plan.model_id}, not for {record.id}\n")
+    if made_for and tokens > made_for:
+        sys.stderr.write(
+            f"warning: {name} was made for {made_for:g} tokens, here are {tokens}: it keeps {plan.share(tokens):.1%} of them,"
+            f" against {plan.share(int(made_for)):.1%}, and less is found again; make one with --context {tokens}\n"
+        )
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,8 @@
 """`kvcompress evaluate MODEL --plan plan.json --text FILE`: what plans cost, against uniform caches of the same bytes."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +19,29 @@ from kvcompress.cli.common import (
     open_model,
     print_json,
     read_texts,
+    warn_of,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_rows(result: Mapping[str, Any], console: "Console") -> None:
+    """A line for every cache, and in words who wins at equal bytes."""
+    from rich.table import Table
+
+    from kvcompress.evaluation.ablation_report import origin, verdict
+
+    rows = result["rows"]
+    table = Table("cache", "bytes", "perplexity", "KL", *rows[0]["retrieval"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        found = [f"{of['correct']}/{of['total']}" for of in row["retrieval"].values()]
+        table.add_row(row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", *found)
+    console.print(origin(result), table, sep="\n\n", highlight=False)
+    for sentence in filter(None, map(verdict, rows)):
+        console.print(f"\n{sentence}", highlight=False)
 
 
 def evaluate(
@@ -48,14 +71,13 @@ def evaluate(
     texts = read_texts(text)
 
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from kvcompress import ranks
     from kvcompress.artifacts import write_json
     from kvcompress.evaluation.ablation import compare
-    from kvcompress.evaluation.ablation_report import report
     from kvcompress.evaluation.contenders import plan_contenders
     from kvcompress.params.ablation import ComparePlansParams
+    from kvcompress.plan import RetentionPlan
 
     loaded, tokenizer, record = open_model(params)
     settings = ComparePlansParams(
@@ -66,6 +88,9 @@ def evaluate(
         retrieval_depths=retrieval_depths,
         plans=[path.stem for path in plan],
     )
+    if not ranks.rank():
+        for path in plan:
+            warn_of(RetentionPlan.load(path), path, record, max_tokens)
     contenders = plan_contenders(loaded.config, max_tokens, plan)
     result = compare(loaded, tokenizer, record.id, texts, contenders, settings)
     if not ranks.leave():  # every process has the whole result, one writes it
@@ -75,4 +100,4 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        Console().print(Markdown(report([result])))
+        show_rows(result, Console())

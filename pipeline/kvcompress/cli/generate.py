@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -19,8 +19,20 @@ from kvcompress.cli.common import (
     model_params,
     open_model,
     print_json,
+    warn_of,
 )
 from kvcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def knows_no_more_positions(model: "PreTrainedModel") -> bool:
+    """Whether positions are looked up in a table, which ends."""
+    from torch.nn import Embedding
+
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    return any(isinstance(part, Embedding) and name.endswith(tables) for name, part in model.named_modules())
 
 
 def generate(
@@ -62,13 +74,15 @@ def generate(
     from kvcompress.methods import HeadAwareCompressor
     from kvcompress.models import input_device
     from kvcompress.parts import over_parts, part_of
+    from kvcompress.plan import RetentionPlan
 
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
         raise InputError("there is no prompt: give PROMPT, --prompt-file or standard input")
     loaded, tokenizer, record = open_model(params)
+    kept = RetentionPlan.load(plan) if plan else None
     compressor = (
-        HeadAwareCompressor.from_plan(plan) if plan else HeadAwareCompressor.from_model_config(loaded.config, "full")
+        HeadAwareCompressor.from_plan(kept) if kept else HeadAwareCompressor.from_model_config(loaded.config, "full")
     )
     if chat:
         messages = [{"role": "user", "content": text}]
@@ -78,6 +92,13 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json or ranks.rank() else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     length, start = inputs.input_ids.shape[1], time.perf_counter()
+    if kept and plan and not ranks.rank():
+        warn_of(kept, plan, record, length)
+    if length + max_new_tokens > record.max_context and knows_no_more_positions(loaded):
+        raise InputError(
+            f"the prompt has {length} tokens and up to {max_new_tokens} follow, but {record.id} knows {record.max_context} "
+            "positions and no further ones"
+        )
     if length + max_new_tokens > record.max_context and not ranks.rank():
         sys.stderr.write(
             f"warning: the prompt has {length} tokens and up to {max_new_tokens} follow, but the context of {record.id} ends "

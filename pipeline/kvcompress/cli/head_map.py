@@ -41,9 +41,12 @@ def class_map(file: ClassificationFile, console: Console | None = None) -> None:
 
 
 def plan_map(plan: RetentionPlan, context: int, console: Console | None = None) -> None:
-    """Slots of all KV heads after `context` tokens."""
+    """Slots of all KV heads after `context` tokens, with a mark where some of them hold chosen keys."""
     held = [[kept.held(context) for kept in layer] for layer in plan.layers]
-    number_map(held, f"slots held of {context}, {plan.policy}", console, low=0, high=context, decimals=0)
+    chooses = [[kept.chosen > 0 and kept.held(context) < context for kept in layer] for layer in plan.layers]
+    marks = " (c: also by content)" if any(map(any, chooses)) else ""
+    title = f"slots held of {context}, a row a layer, policy {plan.policy}{marks}"
+    number_map(held, title, console, low=0, high=context, decimals=0, marked=chooses)
 
 
 def number_map(
@@ -53,8 +56,10 @@ def number_map(
     low: float | None = None,
     high: float | None = None,
     decimals: int = 3,
+    marked: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """Numbers `[layer][head]` as shades, dark to bright from `low` to `high`; the numbers beside them where they fit."""
+    """Numbers `[layer][head]` as shades, dark to bright from `low` to `high`; the numbers beside them where they fit, and
+    a c beside those that are marked."""
     out, grid = console or Console(), np.asarray(values, dtype=float)
     least, most = (float(grid.min()) if low is None else low), (float(grid.max()) if high is None else high)
     span = most - least or 1.0
@@ -67,6 +72,7 @@ def number_map(
         for j, value in enumerate(row):
             step = min(int(max(value - least, 0) / span * len(SHADES)), len(SHADES) - 1)
             level = 60 + round(195 * step / (len(SHADES) - 1))
-            cell = f"{SHADES[step]}{written[i][j]:>{wide + 1}} " if with_numbers else f"{SHADES[step]} "
+            mark = "c" if marked and marked[i][j] else " "
+            cell = f"{SHADES[step]}{written[i][j]:>{wide + 1}}{mark}" if with_numbers else f"{SHADES[step]}{mark}"
             line.append(cell, style=f"rgb({level},{level},{max(255 - level, 60)})")
         out.print(line)

@@ -21,11 +21,15 @@ from kvcompress.cli.common import (
     read_texts,
 )
 from kvcompress.errors import InputError
+from kvcompress.params.budgets import BudgetParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvcompress.analysis.sensitivity import Sensitivity
+
+
+BALANCE, EARLY = (BudgetParams.model_fields[name].default for name in ("balance", "early"))
 
 
 def require_possible(policy: str, classifications: Path | None) -> None:
@@ -36,6 +40,18 @@ def require_possible(policy: str, classifications: Path | None) -> None:
         raise InputError(f"--policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if policy.startswith("class_table") and (classifications is None or not classifications.is_file()):
         raise InputError(f"--policy {policy} needs --classifications, a file of classes, found {classifications}")
+
+
+def require_heeded(policy: str, balance: float | None, early: float | None, budget: list[str] | None) -> None:
+    """Raise `InputError` for an option that this policy would not look at."""
+    from kvcompress.planning.policies import WITHOUT_BUDGET, WITHOUT_PRICES
+
+    if early is not None and policy != "select":
+        raise InputError(f"--early is for --policy select alone, found --policy {policy}")
+    if balance is not None and policy in WITHOUT_PRICES:
+        raise InputError(f"--balance weighs prices, which --policy {policy} does not look at")
+    if budget and policy in WITHOUT_BUDGET:
+        raise InputError(f"--policy {policy} keeps what the table says, whatever --budget: leave it out")
 
 
 def prices_beside(output: Path, plans: int) -> Path:
@@ -59,19 +75,24 @@ def unpriced(model: "PreTrainedModel") -> "Sensitivity":
 
 def plan(
     model: Model,
-    budget: Annotated[list[str], typer.Option(help="25%, '512 tokens' for each KV head, or '40 MB' (repeatable).")] = [  # noqa: B006
-        "25%"
-    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="25%, '512 tokens' for each KV head, or '40 MB' (repeatable) [default: 25%]."),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="priced, select, retrieval_heads, uniform, class_table, class_table_scaled ...")
     ] = "priced",
     text: Texts = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of context at which the budget is counted.")] = 2048,
     balance: Annotated[
-        float | None, typer.Option(min=0, help="Nats a token that far questions are worth [default: the library's].")
+        float | None,
+        typer.Option(min=0, help=f"Nats a token that far questions are worth [default: {BALANCE:g}; 0: text alone]."),
     ] = None,
     early: Annotated[
-        float | None, typer.Option(min=1, help="How much select favours early layers [default: the library's].")
+        float | None,
+        typer.Option(
+            min=1, help=f"Of select: how much early layers get beyond price [default: {EARLY:g}; 1: nothing]."
+        ),
     ] = None,
     sensitivity: Annotated[
         Path | None,
@@ -97,7 +118,8 @@ def plan(
 ) -> None:
     """Make a retention plan: what every KV head may keep.
 
-    Heads are priced first, for minutes; the prices are written before the plan is made, here to plan-prices.safetensors.
+    Heads are priced first: ten minutes or more for a small model on two cores, as many times longer as the model is
+    larger. The prices are written before the plan is made, here to plan-prices.safetensors.
     The policies uniform, class_table and class_table_scaled need no prices.
 
     Example: `kvcompress plan HuggingFaceTB/SmolLM2-135M --budget 25% --text book.txt -o plan.json`
@@ -107,12 +129,14 @@ def plan(
     """
     from kvcompress.planning.budget import Budget
 
-    amounts = [Budget.parse(one) for one in budget]
+    amounts = [Budget.parse(one) for one in budget or ["25%"]]
     require_possible(policy, classifications)  # heads are priced for minutes before a plan is made
+    require_heeded(policy, balance, early, budget)
     params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
 
     from kvcompress import ranks
     from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
+    from kvcompress.cache.choices import evidence_slots
     from kvcompress.cli.head_map import plan_map
     from kvcompress.params.base import override
     from kvcompress.params.sensitivity import SensitivityParams
@@ -146,11 +170,14 @@ def plan(
         made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found, early=early)
         place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
         made.save(place)
-        size = made.nbytes(context, record.head_dim, loaded.dtype.itemsize)
-        told = {"file": str(place), "sensitivity": prices and str(prices), "share": made.share(context), "bytes": size}
+        size, beside = made.nbytes(context, record.head_dim, loaded.dtype.itemsize), evidence_slots(made)
+        whole = size * (made.held(context) + beside) / made.held(context)
+        share = made.share(context) * whole / size
+        told = {"file": str(place), "sensitivity": prices and str(prices), "share": share, "bytes": round(whole)}
         written.append(told | made.made_from)
         if not as_json:
             plan_map(made, context)
-            print(f"{place}: {made.share(context):.2%} of the full cache, {size / 1e6:.2f} MB at {context} tokens")
+            queries = f", {(whole - size) / 1e6:.2f} MB of it queries to choose by" if beside else ""
+            print(f"{place}: {share:.2%} of the full cache, {whole / 1e6:.2f} MB at {context} tokens{queries}")
     if as_json:
         print_json(written)
