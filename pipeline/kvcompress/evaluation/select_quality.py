@@ -164,6 +164,7 @@ def main(
     observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    plans: Annotated[Path | None, typer.Option(help="Also write the plans of policies into this folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the whole result to this JSON file.")] = None,
 ) -> None:
     """Perplexity of a continuation and facts found after an exact prefill, for every score at equal bytes."""
@@ -233,6 +234,12 @@ def main(
         if not ranks.leave():  # every process has all, one writes it
             return
     print(table(rows))
+    if plans:
+        for use_of, found in (("text", contenders), ("facts", asking)):
+            for contender in found.values():
+                if contender.plan and contender.family in policies:
+                    label = contender.name.removesuffix("%").replace(" ", "-")
+                    contender.plan.save(plans / f"{label}-{use_of}.json")
     named = Path(model).parent / "model.json"  # as `prepare` leaves it beside the folder
     name = read_model(named, ModelRecord).id if named.is_file() else record.id
     where = {"model": name, "texts": list(texts), "environment": environment(loaded)}
