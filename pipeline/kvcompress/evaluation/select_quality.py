@@ -177,6 +177,8 @@ def main(
         params = ModelParams.model_validate({"device": device, "dtype": dtype, **source_of(model, "main", "--model")})
         record, folder = locate_model(params)
         loaded, tokenizer = load_folder(folder, params)
+        named = Path(model).parent / "model.json"  # as `prepare` leaves it beside the folder
+        name = read_model(named, ModelRecord).id if named.is_file() else record.id
         texts = load_texts(corpus, "calibration" if calibration else "evaluation")
         batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
         use: Use = "calibration" if calibration else "evaluation"
@@ -217,7 +219,7 @@ def main(
             if prices:
                 planner = Planner(
                     prices,
-                    record.id,
+                    name,
                     record.head_dim,
                     4,
                     end,
@@ -240,8 +242,6 @@ def main(
                 if contender.plan and contender.family in policies:
                     label = contender.name.removesuffix("%").replace(" ", "-")
                     contender.plan.save(plans / f"{label}-{use_of}.json")
-    named = Path(model).parent / "model.json"  # as `prepare` leaves it beside the folder
-    name = read_model(named, ModelRecord).id if named.is_file() else record.id
     where = {"model": name, "texts": list(texts), "environment": environment(loaded)}
     result = where | {"settings": settings, "rows": rows}
     if output is None:
