@@ -97,7 +97,7 @@ class Judge:
 @pytest.mark.parametrize(
     ("prefill", "chunks"), [("streaming", [17, 9, 1, 15, 1, 1, 1, 1]), ("exact", [PROMPT] + [1] * 23)]
 )
-@pytest.mark.parametrize(("shift", "beside"), enumerate([(2, 6, 4), (2, 6, 9), (0, 9, 7), (1, 5, 2)]))
+@pytest.mark.parametrize(("shift", "beside"), list(enumerate([(2, 6, 4), (2, 6, 9), (0, 9, 7), (1, 5, 2)])))
 @pytest.mark.parametrize("name", SCORES)
 def test_every_choice_is_that_of_the_slow_score(name, shift, beside, prefill, chunks, observe, every):
     """`beside` is what the other head of the layer keeps, by a score some places further on."""
