@@ -192,6 +192,26 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     over, back = rows[6]["nll_over"]["priced 25.00%"], rows[7]["nll_over"]["select 25.00%"]
     assert over["mean"] == pytest.approx(-back["mean"], abs=1e-5)
     assert "| select key_norm 25.00% |" in result.output
+    some = [
+        "--early",
+        "1",
+        "--early",
+        "3",
+        "--plans",
+        str(tmp_path / "plans"),
+        "--output",
+        str(tmp_path / "early.json"),
+    ]
+    assert not CliRunner().invoke(app, [*flags, *some]).exception
+    found = json.loads((tmp_path / "early.json").read_text())
+    assert found["settings"]["early"] == [1, 3]
+    for favour in (1, 3):
+        named = f"select 25.00%, early {favour}"
+        assert named in [row["name"] for row in found["rows"]]
+        for use in ("text", "facts"):
+            plan = RetentionPlan.load(tmp_path / "plans" / f"select-25.00-early-{favour}-{use}.json")
+            assert plan.made_from["early"] == favour
+            assert plan.held(128 if use == "text" else 160) <= 4 * 40
     failed = CliRunner().invoke(app, [*where, "--score", "magic"])
     assert failed.exit_code == 1
     assert "--score is 'magic', expected one of key_norm" in failed.output

@@ -86,10 +86,11 @@ def selection(result: Mapping[str, Any]) -> str:
     """Heads that select keys by content, after an exact prefill."""
     settings = result["settings"]
     more = ", and half of the continuation more, as a cache that grows holds on average" if settings["growing"] else ""
+    use = "calibration" if settings["calibration"] else "evaluation"
     streamed = ", streamed in" if settings.get("retrieval_prefill") == "streaming" else ""
     return (
         f"{_where(result)}, torch {result['environment']['torch']}. {settings['documents_per_text']} documents of each "
-        f"evaluation text: exact prefill of {settings['context']} tokens, perplexity of the next "
+        f"{use} text: exact prefill of {settings['context']} tokens, perplexity of the next "
         f"{settings['continuation']}; facts in contexts of {settings['retrieval_length']} tokens{streamed}. Caches hold "
         f"their share of the context{more}.\n\n{select_table(result['rows'])}"
     )
@@ -113,6 +114,7 @@ PAGES: dict[str, Blocks] = {
         "streaming": plans,
         "streamed_passkeys": selection,
         "passkeys_by_price": selection,
+        "early": selection,
         "selection_others": selection,
         "ablation": ablation,
     },

@@ -46,9 +46,15 @@ app = typer.Typer(add_completion=False)
 
 
 def policy_contenders(
-    planner: Planner, policies: Iterable[str], shares: Sequence[float], tokens: int, choosing: Choosing, more: int = 0
+    planner: Planner,
+    policies: Iterable[str],
+    shares: Sequence[float],
+    tokens: int,
+    choosing: Choosing,
+    more: int = 0,
+    label: str = "",
 ) -> dict[str, Contender]:
-    """A plan `POLICY SHARE` of every policy, of as many slots in all as `select_contenders` gives its plans.
+    """A plan `POLICY SHARE` + `label` of every policy, of as many slots in all as `select_contenders` gives its plans.
 
     Their rivals are the uniform plans there. Budgets count at the planner's context. Raises `InputError` for an unknown
     policy.
@@ -57,7 +63,7 @@ def policy_contenders(
     for share in shares:
         budget = Budget.parse(f"{round(share * tokens) + more} tokens")
         for policy in policies:
-            name, plan = f"{policy} {share:.2%}", planner.plan(policy, budget)
+            name, plan = f"{policy} {share:.2%}{label}", planner.plan(policy, budget)
             found.append(of_plan(name, policy, "select", plan, f"uniform {share:.2%}", choosing))
     return {contender.name: contender for contender in found}
 
@@ -130,6 +136,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def save_plans(contenders: Iterable[Contender], folder: Path, use: str) -> None:
+    """Write the plans of contenders by their names, and what they serve."""
+    for contender in contenders:
+        if contender.plan:
+            label = contender.name.replace("%", "").replace(", ", "-").replace(" ", "-")
+            contender.plan.save(folder / f"{label}-{use}.json")
+
+
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="A model folder, or a name on the hub.")] = "data/model",
@@ -156,7 +170,10 @@ def main(
     balance: Annotated[
         float, typer.Option(min=0, help="Nats a token that far questions are worth.")
     ] = BudgetParams().balance,
-    early: Annotated[float, typer.Option(min=1, help="How much select favours early layers.")] = BudgetParams().early,
+    early: Annotated[
+        list[float] | None,
+        typer.Option(min=1, help="How much select favours early layers (repeatable) [default: the library's]."),
+    ] = None,
     growing: Annotated[
         bool, typer.Option("--growing", help="Half of the continuation more, as a growing cache.")
     ] = False,
@@ -182,7 +199,7 @@ def main(
         texts = load_texts(corpus, "calibration" if calibration else "evaluation")
         batch = documents_of_all(tokenizer, texts, context + continuation, documents_per_text)
         use: Use = "calibration" if calibration else "evaluation"
-        policies = policy or ["select"]
+        policies, favours = policy or ["select"], early or [BudgetParams().early]
         asked: list[Task] = [name for name in TASKS if name in (task or TASKS)]
         cases = make_cases(
             tokenizer, texts, [retrieval_length], retrieval_depths, retrieval_per_depth, retrieval_seed, use, asked
@@ -202,7 +219,7 @@ def main(
             "calibration": calibration,
             "policies": policies if sensitivity else [],
             "balance": balance,
-            "early": early,
+            "early": favours[0] if len(favours) == 1 else favours,
             "retrieval_length": retrieval_length,
             "retrieval_depths": retrieval_depths,
             "retrieval_per_depth": retrieval_per_depth,
@@ -217,17 +234,10 @@ def main(
                 loaded.config, share, tokens, sinks, recent, score or SCORES, choosing, more, window
             )
             if prices:
-                planner = Planner(
-                    prices,
-                    name,
-                    record.head_dim,
-                    4,
-                    end,
-                    balance,
-                    choosing=choosing,
-                    early=early,
-                )
-                found |= policy_contenders(planner, policies, share, tokens, choosing, more)
+                for favour in favours:
+                    planner = Planner(prices, name, record.head_dim, 4, end, balance, choosing=choosing, early=favour)
+                    label = "" if len(favours) == 1 else f", early {favour:g}"
+                    found |= policy_contenders(planner, policies, share, tokens, choosing, more, label)
             return found
 
         contenders = compete(context, context + continuation, continuation // 2 if growing else 0)
@@ -238,10 +248,7 @@ def main(
     print(table(rows))
     if plans:
         for use_of, found in (("text", contenders), ("facts", asking)):
-            for contender in found.values():
-                if contender.plan and contender.family in policies:
-                    label = contender.name.removesuffix("%").replace(" ", "-")
-                    contender.plan.save(plans / f"{label}-{use_of}.json")
+            save_plans([one for one in found.values() if one.family in policies], plans, use_of)
     where = {"model": name, "texts": list(texts), "environment": environment(loaded)}
     result = where | {"settings": settings, "rows": rows}
     if output is None:
