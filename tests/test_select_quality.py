@@ -16,9 +16,10 @@ from kvcompress.cache.choices import evidence_slots
 from kvcompress.errors import InputError
 from kvcompress.evaluation import select_quality
 from kvcompress.evaluation.ablation import run_ablation
-from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders, select_contenders
+from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_continuation
+from kvcompress.evaluation.select_contenders import select_contenders
 from kvcompress.evaluation.select_quality import app
 from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
@@ -159,7 +160,7 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     ]
     sizes = ["--context", "96", "--continuation", "32", "--documents-per-text", "1", "--retrieval-length", "160"]
     flags = [*where, *sizes, "--retrieval-depths", "1", "--growing", "--score", "snapkv", "--score", "key_norm"]
-    flags += ["--window", "3"]
+    flags += ["--window", "3", "--adaptive", "snapkv"]
     model = tiny_model("llama")
     params = SensitivityParams(
         max_tokens=160, documents_per_text=1, windows=[8, 32], joint_windows=[16], fact_contexts=1, facts_per_context=1,
@@ -171,12 +172,13 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "select snapkv 25.00%, window 3",
-        "select key_norm 25.00%", "select key_norm 25.00%, window 3", "select 25.00%", "priced 25.00%",
+        FULL_CACHE, "uniform 25.00%", "select snapkv 25.00%", "adaptive snapkv 25.00%", "select snapkv 25.00%, window 3",
+        "adaptive snapkv 25.00%, window 3", "select key_norm 25.00%", "select key_norm 25.00%, window 3", "select 25.00%",
+        "priced 25.00%",
     ]  # fmt: skip
     for row in rows[1:]:  # four bytes a slot say where its key lies, a sixteenth of these tiny slots
         assert 1 <= row["nbytes_end"] / rows[1]["nbytes_end"] <= 1 + 1 / 16, row["name"]
-    assert rows[6]["rival"]["name"] == rows[7]["rival"]["name"] == "uniform 25.00%"
+    assert rows[8]["rival"]["name"] == rows[9]["rival"]["name"] == "uniform 25.00%"
     assert rows[1]["nbytes_mean"] == 2 * 40 * 4 * 8 * 4  # a quarter of the context and half of the continuation
     assert rows[2]["rival"]["gmean_ratio"] == pytest.approx(
         rows[2]["perplexity_gmean"] / rows[1]["perplexity_gmean"], abs=1e-4
@@ -189,7 +191,9 @@ def test_the_program_compares_scores(tmp_path: Path) -> None:
     for row in rows[2:]:
         assert set(row["nll_over"]) == {other["name"] for other in rows[1:]} - {row["name"]}
         assert row["nll_over"]["uniform 25.00%"] == row["rival"]["nll_over_rival"]
-    over, back = rows[6]["nll_over"]["priced 25.00%"], rows[7]["nll_over"]["select 25.00%"]
+    assert rows[3]["nbytes_end"] == rows[2]["nbytes_end"]
+    assert rows[3]["perplexity"] != rows[2]["perplexity"]
+    over, back = rows[8]["nll_over"]["priced 25.00%"], rows[9]["nll_over"]["select 25.00%"]
     assert over["mean"] == pytest.approx(-back["mean"], abs=1e-5)
     assert "| select key_norm 25.00% |" in result.output
     some = [

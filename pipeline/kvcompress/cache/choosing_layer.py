@@ -6,12 +6,11 @@ their scores need are at hand: all of the prompt at its end, later the last few.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from kvcompress.cache.choices import Choice, Choices, require_free_of_queries
+from kvcompress.cache.choices import Choice, require_free_of_queries
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.choosing_prompt import choose_of_prompt
 from kvcompress.cache.choosing_together import choose, choose_due
@@ -19,7 +18,6 @@ from kvcompress.cache.exchange import Evidence
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.ragged import RaggedLayer
-from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.reading import Reading, read
 from kvcompress.cache.recent_queries import RecentQueries
 from kvcompress.cache.storage import storage_bytes
@@ -33,13 +31,6 @@ class ChoosingLayer(RaggedLayer):
 
     def __init__(self, kept: Sequence[Retention], shared: Shared, limit: int | None = None) -> None:
         super().__init__(kept, shared, limit)
-        choosers = [(i, group) for i, group in enumerate(self._blocks) if isinstance(group, ChoosingGroup)]
-        self._choosers = sorted(choosers, key=lambda of: of[1].wanted.score)  # that a prompt meets each score once
-        asking = [group.score for _, group in self._choosers if group.score.needs_queries]
-        self._asked = bool(asking)
-        # How many of a prompt's queries are looked at, None for all.
-        backs = [score.looks_back for score in asking]
-        self._most = None if None in backs else max((back for back in backs if back is not None), default=0)
         self._recent = RecentQueries(shared.choosing.observe)
         self._staged: list[Tensor] = []  # queries of the prompt so far
         self._scaling = 1.0
@@ -49,6 +40,16 @@ class ChoosingLayer(RaggedLayer):
             raise UnsupportedModelError(
                 'positions="cache" cannot serve strategy select: between chosen keys there are gaps of any length'
             )
+
+    def _keep(self, kept: Sequence[Retention]) -> None:
+        super()._keep(kept)
+        choosers = [(i, group) for i, group in enumerate(self._blocks) if isinstance(group, ChoosingGroup)]
+        self._choosers = sorted(choosers, key=lambda of: of[1].wanted.score)  # that a prompt meets each score once
+        asking = [group.score for _, group in self._choosers if group.score.needs_queries]
+        self._asked = bool(asking)
+        # How many of a prompt's queries are looked at, None for all.
+        backs = [score.looks_back for score in asking]
+        self._most = None if None in backs else max((back for back in backs if back is not None), default=0)
 
     def _group(self, keeps: Retention, heads: list[int]) -> Group:
         if keeps.chosen:
@@ -200,6 +201,12 @@ class ChoosingLayer(RaggedLayer):
             queries = queries[:, :, :, -self.shared.choosing.observe :]
         return Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
 
+    def _evidence_of_prompt(self) -> Evidence:
+        if len(self._staged) > 1:
+            self._staged = [torch.cat(self._staged, dim=3)]
+        queries = self._staged[0] if self._staged else None
+        return Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
+
     def _remember(self, query: Tensor, first: int) -> None:
         if not self._asked:
             return
@@ -223,29 +230,11 @@ class ChoosingLayer(RaggedLayer):
                 self._append(i, keys, values)
         if not due:
             return
-        staged = self._staged if len(self._staged) < 2 else [torch.cat(self._staged, dim=3)]
-        queries = staged[0] if staged else None
-        evidence = Evidence(queries, self._scaling, self.shared.padding, self.shared.choosing.rotation)
-        with self.shared.beside.work(keys, values, *staged):
+        evidence = self._evidence_of_prompt()
+        with self.shared.beside.work(keys, values, *self._staged):
             if later:
                 choose_of_prompt(later, keys, values, evidence)
                 return
             for i, group in due:
                 index = self._index_on(i, keys.device)
                 group.choose_of_padded_prompt(keys[:, index], values[:, index], evidence.of(index))
-
-
-@contextmanager
-def recorded_choices(cache: RaggedCache) -> Iterator[Choices]:
-    """Note, layer by layer, what the heads of a cache choose inside this context, for the oracle to go by."""
-    choices: Choices = [[] for _ in cache.compressed_layers]
-    layers = [layer if isinstance(layer, ChoosingLayer) else None for layer in cache.compressed_layers]
-    for layer, record in zip(layers, choices, strict=True):
-        if layer is not None:
-            layer.record_choices(record)
-    try:
-        yield choices
-    finally:
-        for layer in layers:
-            if layer is not None:
-                layer.record_choices(None)

@@ -94,7 +94,7 @@ class Prompt:
         scores, received = [], []
         for score, members in groupby(zip(self.groups, self._parts(), strict=True), lambda member: member[0].score):
             parts = [part for _, part in members]
-            held = self._held(score, slice(parts[0].start, parts[-1].stop), places, stays)
+            held = self.held(score, slice(parts[0].start, parts[-1].stop), places, stays)
             scores.append(score.of_candidates(held))
             found, begin = score.received(held), parts[0].start
             for part in parts:
@@ -102,7 +102,8 @@ class Prompt:
                 received.append(found and Received(found.total[:, of], found.queries[:, of]))
         return scores[0] if len(scores) == 1 else torch.cat(scores, 1), received
 
-    def _held(self, score: Score, part: slice, places: Tensor, stays: Tensor) -> Held:
+    def held(self, score: Score, part: slice, places: Tensor, stays: Tensor) -> Held:
+        """What a score is given of these heads; `places` `[1, 1, column]`, `stays` `[1, head, column]`."""
         queries, at, stand, seen = None, None, None, self.keys.shape[2]
         if score.needs_queries:
             asked = self.evidence.queries

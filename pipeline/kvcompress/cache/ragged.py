@@ -41,8 +41,15 @@ class RaggedLayer(CompressedLayer):
 
     def __init__(self, kept: Sequence[Retention], shared: Shared, limit: int | None = None) -> None:
         super().__init__(len(kept), shared, limit)
+        self._keep(kept)
+        # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
+        self._prompt = Group(FULL, range(self.heads), shared.meter) if shared.prompt_length else None
+        self._in_prompt = shared.prefill == "exact"
+
+    def _keep(self, kept: Sequence[Retention]) -> None:
+        """Begin with heads that keep this and hold nothing."""
         self.wanted = list(kept)
-        self.kept = [clipped(head, limit) for head in kept]
+        self.kept = [clipped(head, self.limit) for head in kept]
         alike: dict[Retention, list[int]] = {}
         for head, keeps in enumerate(self.kept):
             if not keeps.pruned:
@@ -51,9 +58,6 @@ class RaggedLayer(CompressedLayer):
         self._indices: list[Index] = [index_of(group.heads) for group in self._blocks]
         self._places = Heads(self.heads)
         self._whole = len(self._blocks) == 1 and len(self._blocks[0].heads) == self.heads
-        # A prompt that comes in several passes attends in full until its end, so until then all of it is held.
-        self._prompt = Group(FULL, range(self.heads), shared.meter) if shared.prompt_length else None
-        self._in_prompt = shared.prefill == "exact"
 
     def _group(self, keeps: Retention, heads: list[int]) -> Group:
         return Group(keeps, heads, self.shared.meter)

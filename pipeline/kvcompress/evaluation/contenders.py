@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.errors import InputError
 from kvcompress.heads import HeadType
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
@@ -15,7 +14,6 @@ from kvcompress.params.ablation import AblationParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
 from kvcompress.retention import FULL, Retention
-from kvcompress.scores.table import SCORES
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.
@@ -83,54 +81,6 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
         else:
             found += with_rival(name, plan.policy, "plans", plan, tokens)
             rivals[held] = found[-1].name
-    return {contender.name: contender for contender in found}
-
-
-def select_contenders(
-    config: Any,
-    shares: Sequence[float],
-    tokens: int,
-    sinks: int = 4,
-    recent: float = 0.5,
-    scores: Iterable[str] = tuple(SCORES),
-    choosing: Choosing | None = None,
-    more: int = 0,
-    windows: Sequence[int] = (),
-) -> dict[str, Contender]:
-    """The full cache and uniform plans `select <score> <share>`, each with the uniform sink + window of the same bytes.
-
-    A head holds round(share * tokens) + more slots: sinks, of the rest a window of the part `recent`, and the others are
-    chosen by the score. With `windows` there is one more plan for each, `..., window <w>`, whose window is that long.
-    Where a score keeps queries, they take their room out of these slots. Raises `InputError` for shares that leave
-    nothing to choose.
-    """
-    shape = model_shape(config)
-    found, names = [full_cache(shape)], tuple(scores)
-    size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
-    rule = choosing or Choosing()
-    kept_queries = -(-rule.observe * shape.num_attention_heads // (2 * shape.num_key_value_heads))  # in slots of a head
-    for share in shares:
-        slots, rival = round(share * tokens) + more, f"uniform {share:.2%}"
-        if not 0 <= sinks < slots < tokens:
-            raise InputError(
-                f"{share:.2%} of {tokens} tokens and {more} are {slots} slots, expected fewer than all tokens and more than"
-                f" {sinks} sinks"
-            )
-        even = RetentionPlan.uniform(Retention(sinks, slots - sinks), *size)
-        found.append(of_plan(rival, UNIFORM, "select", even))
-        for score in names:
-            room = slots - sinks - (kept_queries if rule.score(score).needs_queries else 0)
-            for fixed in (None, *windows):
-                window, suffix = (round(recent * room), "") if fixed is None else (fixed, f", window {fixed}")
-                if not 0 < window < room:
-                    raise InputError(
-                        f"{share:.2%} of {tokens} tokens and {more} are {sinks} sinks and {room} more slots with {score},"
-                        f" expected room for a window{f' of {fixed}' if fixed else ''} and for keys to choose"
-                    )
-                kept, family = Retention(sinks, window, room - window, score), f"select {score}{suffix}"
-                plan = RetentionPlan.uniform(kept, *size, policy=family)
-                name = f"select {score} {share:.2%}{suffix}"
-                found.append(of_plan(name, family, "select", plan, rival, choosing))
     return {contender.name: contender for contender in found}
 
 

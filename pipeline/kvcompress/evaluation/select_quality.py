@@ -28,44 +28,21 @@ from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.ablation_data import interval_cell
-from kvcompress.evaluation.contenders import FULL_CACHE, Contender, of_plan, select_contenders
+from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
+from kvcompress.evaluation.select_contenders import policy_contenders, select_contenders
 from kvcompress.facts import TASKS, Case, Task, Use, make_cases
 from kvcompress.models import ModelRecord, load_folder, locate_model
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.model import ModelParams, source_of
-from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores import SCORES
 
 STREAMED = 1024  # tokens a pass, where contexts stream in
 app = typer.Typer(add_completion=False)
-
-
-def policy_contenders(
-    planner: Planner,
-    policies: Iterable[str],
-    shares: Sequence[float],
-    tokens: int,
-    choosing: Choosing,
-    more: int = 0,
-    label: str = "",
-) -> dict[str, Contender]:
-    """A plan `POLICY SHARE` + `label` of every policy, of as many slots in all as `select_contenders` gives its plans.
-
-    Their rivals are the uniform plans there. Budgets count at the planner's context. Raises `InputError` for an unknown
-    policy.
-    """
-    found = []
-    for share in shares:
-        budget = Budget.parse(f"{round(share * tokens) + more} tokens")
-        for policy in policies:
-            name, plan = f"{policy} {share:.2%}{label}", planner.plan(policy, budget)
-            found.append(of_plan(name, policy, "select", plan, f"uniform {share:.2%}", choosing))
-    return {contender.name: contender for contender in found}
 
 
 def select_rows(
@@ -151,6 +128,10 @@ def main(
     calibration: Annotated[bool, typer.Option("--calibration", help="Judge on the texts that calibrate.")] = False,
     share: Annotated[list[float], typer.Option(help="Share of the context held (repeatable).")] = [0.25],  # noqa: B006
     score: Annotated[list[str], typer.Option(help="Scores (repeatable) [default: all].")] = [],  # noqa: B006
+    adaptive: Annotated[
+        list[str],
+        typer.Option(help="Scores whose keys are also divided among a layer's heads by the prompt (repeatable)."),
+    ] = [],  # noqa: B006
     sensitivity: Annotated[Path | None, typer.Option(help="Prices of heads, to make plans from.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policies of plans from prices [default: select].")] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of the exact prefill.")] = 1536,
@@ -186,7 +167,12 @@ def main(
 ) -> None:
     """Perplexity of a continuation and facts found after an exact prefill, for every score at equal bytes."""
     with said_in_a_sentence():
-        for option, given, known in (("--score", score, SCORES), ("--task", task or TASKS, TASKS)):
+        compared = score or list(SCORES)
+        for option, given, known in (
+            ("--score", score, SCORES),
+            ("--adaptive", adaptive, compared),
+            ("--task", task or TASKS, TASKS),
+        ):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise InputError(f"{option} is {unknown[0]!r}, expected one of {', '.join(known)}")
@@ -210,6 +196,7 @@ def main(
             "sinks": sinks,
             "recent": recent,
             "windows": window,
+            "adaptive": adaptive,
             "every": every,
             "observe": observe,
             "context": context,
@@ -231,7 +218,7 @@ def main(
 
         def compete(tokens: int, end: int, more: int) -> dict[str, Contender]:
             found = select_contenders(
-                loaded.config, share, tokens, sinks, recent, score or SCORES, choosing, more, window
+                loaded.config, share, tokens, sinks, recent, compared, choosing, more, window, adaptive
             )
             if prices:
                 for favour in favours:

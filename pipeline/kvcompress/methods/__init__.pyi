@@ -1,3 +1,4 @@
+from .adaptive import AdaptiveCompressor as AdaptiveCompressor
 from .compressor import Compressor as Compressor
 from .compressor import PlanCompressor as PlanCompressor
 from .fix_size_l2 import FixSizeL2Compressor as FixSizeL2Compressor

@@ -148,12 +148,12 @@ class PlanCompressor(Compressor):
     def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
         own = shared.part.own(shape.kv_heads)
         rows = zip((kept[own] for kept in self.retention(shape)), shape.limits, strict=True)
-        return [
-            ChoosingLayer(kept, shared, limit)
-            if any(head.chosen for head in kept)
-            else RaggedLayer(kept, shared, limit)
-            for kept, limit in rows
-        ]
+        return [self.layer(kept, shared, limit) for kept, limit in rows]
+
+    def layer(self, kept: Sequence[Retention], shared: Shared, limit: int | None) -> CompressedLayer:
+        """An empty layer whose heads keep this; `limit` is the model's own sliding window, None without one."""
+        choosing = any(head.chosen for head in kept)
+        return ChoosingLayer(kept, shared, limit) if choosing else RaggedLayer(kept, shared, limit)
 
     def scores(self) -> set[str]:
         """Names of the scores that heads select by."""
