@@ -19,7 +19,8 @@ from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, StreamingLLMCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention
-from tests.cache_tools import VOCABULARY, compressor_for, feed, inputs_for, model_of, plan_for, tokens
+from kvcompress.scores.key_diff import KeyDiff
+from tests.cache_tools import LAYERS, VOCABULARY, compressor_for, feed, inputs_for, model_of, plan_for, tokens
 
 LENGTH = 33
 
@@ -140,6 +141,32 @@ def test_a_pass_that_broke_off_between_two_layers_is_noticed():
             feed(model, cache, ids[:, 20:], [13])
         cache.reset()
         assert (feed(model, cache, ids, [LENGTH]) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("prefill", "first"), [("exact", 0), ("streaming", 20)])
+def test_a_pass_that_broke_off_within_the_first_layer_is_noticed(monkeypatch, prefill, first):
+    model, ids = model_of("llama"), tokens(1, LENGTH)
+    kept = [FULL, Retention(1, 4), Retention(1, 4, 4, "key_diff")]
+    compressor = HeadAwareCompressor([kept] * LAYERS, query_heads=False)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    with compressor.attached(model):
+        expected = feed(model, compressor.new_cache(model.config, prefill), ids, [first or 32, LENGTH - (first or 32)])
+        cache = compressor.new_cache(model.config, prefill)
+        if first:
+            feed(model, cache, ids[:, :first], [first])
+        with monkeypatch.context() as patch:
+            patch.setattr(KeyDiff, "rank", fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                feed(model, cache, ids[:, first:32], [32 - first])
+        with pytest.raises(
+            CacheUseError, match=f"broke off within a layer that saw {first} tokens: heads .* have stored "
+        ):
+            feed(model, cache, ids[:, first:32], [32 - first])
+        cache.reset()
+        assert torch.equal(feed(model, cache, ids, [first or 32, LENGTH - (first or 32)]), expected)
 
 
 def test_models_that_share_keys_between_layers_or_heads_or_do_not_rotate_are_refused():

@@ -5,10 +5,13 @@ import torch
 
 from kvcompress.cache import recorded_choices
 from kvcompress.cache.choosing_group import ChoosingGroup
+from kvcompress.cache.choosing_layer import ChoosingLayer
+from kvcompress.cache.choosing_together import choose_due
+from kvcompress.cache.layer import Shared
 from kvcompress.retention import Retention
 from kvcompress.scores import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
-from tests.select_tools import select_compressor, select_layers
+from tests.select_tools import CHOOSING, select_compressor, select_layers
 
 PROMPT, NEW = 25, 13
 
@@ -82,3 +85,14 @@ def test_heads_that_differ_do_not_choose_as_one(weighed, other):
     width = len(select_layers(model, "key_norm")[0])
     decoded(model, [[Retention(2, 5, 4, "key_norm")] * width, [other] * width], "streaming", pads=False)
     assert set(weighed) == {width}
+
+
+def test_layers_of_different_scaling_do_not_choose_as_one(weighed):
+    kept, shared, generator = Retention(2, 5, 4, "snapkv"), Shared("streaming", choosing=CHOOSING), torch.Generator()
+    layers = [ChoosingLayer([kept] * 2, shared) for _ in range(3)]
+    for _ in range(kept.capacity):
+        query, keys, values = (torch.randn(1, 2, 1, 8, generator=generator) for _ in range(3))
+        for layer, scale in zip(layers, (0.1, 3.0, 0.1), strict=True):
+            layer.attend(query, keys, values, scale, 0.0)
+    choose_due(layers)
+    assert weighed == [4, 2]

@@ -128,6 +128,21 @@ def test_rows_are_exchanged_with_what_they_chose(model, score):
         assert (found - expected)[mask[rows].bool()].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_rows_are_exchanged_in_the_middle_of_a_prompt(model, score):
+    ids, rows = tokens(3, LENGTH), torch.tensor([2, 0, 2])
+    compressor = select_compressor(model, select_layers(model, score))
+    with compressor.attached(model):
+        whole = compressor.new_cache(model.config, prompt_length=26)
+        expected = feed(model, whole, ids[rows], [12, 14, 1])
+        cache = compressor.new_cache(model.config, prompt_length=26)
+        first = feed(model, cache, ids[:, :12], [12])
+        cache.reorder_cache(rows)
+        found = torch.cat((first[rows], feed(model, cache, ids[rows][:, 12:], [14, 1])), dim=1)
+    assert (found - expected).abs().max() < 1e-5
+    assert [layer.positions(0) for layer in cache.layers] == [layer.positions(0) for layer in whole.layers]
+
+
 def feed_one(model, cache, ids, mask, column):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, column : column + 1]
     kwargs = {"attention_mask": mask[:, : column + 1], "position_ids": positions}

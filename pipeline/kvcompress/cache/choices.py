@@ -11,7 +11,8 @@ empty, and between two choices a decode step is that of a window of s + k sinks 
 At the end of an exact prefill the k best of all older keys are taken, and the same scores decide at once between these
 and the r oldest of the window. Scores rank by all queries of the prompt there, and by the last `observe` afterwards:
 of a question that comes after the prompt nothing is known when the prompt's keys are chosen. Each row of a batch and each
-head chooses for itself; a choice never depends on how a text was cut into passes.
+head chooses for itself; a choice depends on how a text was cut into passes, and on what other rows are padded to, no more
+than scores do: by rounding, which may order keys that score the same (neighbours do whose scores are pooled).
 """
 
 from collections.abc import Mapping

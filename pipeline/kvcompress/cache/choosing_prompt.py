@@ -4,7 +4,7 @@ Heads of one layer may keep different numbers of keys and go by different scores
 small operations for each, and where a layer has many groups the host cannot launch them as fast as a GPU computes the next
 layer. So every score looks at all heads that go by it, one sort ranks all heads, and only the gathering of what is kept is
 left to each group. It serves texts without pads; with them a group chooses for itself (`choose_of_padded_prompt`), and a
-row that has none has to come to the same.
+row that has none has to come to the same, among keys whose scores differ.
 """
 
 from collections.abc import Iterator, Sequence

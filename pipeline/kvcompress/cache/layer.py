@@ -119,6 +119,9 @@ class CompressedLayer(CacheLayerMixin):
         """Groups that have to choose keys before the next pass, and what by."""
         return ()
 
+    def require_whole(self) -> None:
+        """Raise `CacheUseError` where an earlier pass ended in an error between two of the layer's groups."""
+
     def require_recordable(self) -> None:
         """Raise `CacheUseError` where what the rings overwrite cannot be kept."""
 

@@ -79,6 +79,14 @@ class RaggedLayer(CompressedLayer):
                 positions[head] = held
         return positions
 
+    def require_whole(self) -> None:
+        for group in self.groups:
+            if group.seen != self.seen:
+                raise CacheUseError(
+                    f"an earlier forward pass broke off within a layer that saw {self.seen} tokens: heads {group.heads} have"
+                    f" stored {group.seen}; `reset` the cache and run the text again"
+                )
+
     def keeps_like(self, other: CompressedLayer) -> bool:
         return isinstance(other, RaggedLayer) and self.wanted == other.wanted
 

@@ -95,13 +95,14 @@ class RaggedCache(Cache):
         choose_due(self.compressed_layers)
 
     def _require_whole(self) -> None:
-        """Raise `CacheUseError` where an earlier pass ended in an error between two layers."""
+        """Raise `CacheUseError` where an earlier pass ended in an error between two layers, or within the first."""
         for index, layer in enumerate(self.compressed_layers):
             if layer.seen != self.seen:
                 raise CacheUseError(
                     f"an earlier forward pass broke off: layer 0 saw {self.seen} tokens and layer {index} {layer.seen};"
                     " `reset` the cache and run the text again"
                 )
+        self.compressed_layers[0].require_whole()
 
     @property
     def batch_size(self) -> int:
