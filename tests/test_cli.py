@@ -191,7 +191,7 @@ def test_generate_warns_of_what_a_plan_was_not_made_for(folder: Path) -> None:
     share, before = plan.share(200), plan.share(64)
     told = f"short.json was made for 64 tokens, here are 200: it keeps {share:.1%} of them, against {before:.1%}"
     assert told in said["short"]
-    assert "make one with --context 200" in said["short"]
+    assert "make one with --context 200 and a budget in percent" in said["short"]
     assert not said["long"]
     assert not said["plan"]
 
@@ -199,8 +199,10 @@ def test_generate_warns_of_what_a_plan_was_not_made_for(folder: Path) -> None:
 def test_generate_refuses_more_positions_than_a_table_has(folder: Path) -> None:
     save_tiny("gpt2", folder / "tabled")
     end = tiny_model("gpt2").config.max_position_embeddings
-    result = CliRunner().invoke(app, ["generate", str(folder / "tabled"), "x" * end, "--max-new-tokens", "1"])
+    prompt = ["generate", str(folder / "tabled"), "x" * end, "--max-new-tokens"]
+    result = CliRunner().invoke(app, [*prompt, "2"])
     assert f"tabled knows {end} positions and no further ones" in str(result.exception)
+    assert CliRunner().invoke(app, [*prompt, "1"]).exit_code == 0  # its answer is not read again
 
 
 def test_a_plan_that_chooses_says_so_and_counts_what_it_chooses_by(folder: Path) -> None:

@@ -93,10 +93,19 @@ def warn_of(plan: "RetentionPlan", name: str | Path, record: "ModelRecord", toke
     if "/" in plan.model_id and "/" in record.id and plan.model_id != record.id:  # a folder's name says little
         sys.stderr.write(f"warning: {name} was made for {plan.model_id}, not for {record.id}\n")
     if made_for and tokens > made_for:
+        now, then = (share_of(plan, length) for length in (tokens, int(made_for)))
         sys.stderr.write(
-            f"warning: {name} was made for {made_for:g} tokens, here are {tokens}: it keeps {plan.share(tokens):.1%} of them,"
-            f" against {plan.share(int(made_for)):.1%}, and less is found again; make one with --context {tokens}\n"
+            f"warning: {name} was made for {made_for:g} tokens, here are {tokens}: it keeps {now:.1%} of them,"
+            f" against {then:.1%}, and less is found again; make one with --context {tokens} and a budget in percent\n"
         )
+
+
+def share_of(plan: "RetentionPlan", tokens: int) -> float:
+    """What a plan holds of `tokens` tokens as a share of the full cache, queries to choose by counted."""
+    from kvcompress.cache.choices import evidence_slots  # which loads torch
+
+    held = plan.held(tokens)
+    return plan.share(tokens) * (held + evidence_slots(plan)) / held
 
 
 def print_json(value: Any) -> None:

@@ -19,6 +19,7 @@ from kvcompress.cli.common import (
     open_model,
     print_json,
     read_texts,
+    share_of,
 )
 from kvcompress.errors import InputError
 from kvcompress.params.budgets import BudgetParams
@@ -136,7 +137,6 @@ def plan(
 
     from kvcompress import ranks
     from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
-    from kvcompress.cache.choices import evidence_slots
     from kvcompress.cli.head_map import plan_map
     from kvcompress.params.base import override
     from kvcompress.params.sensitivity import SensitivityParams
@@ -170,14 +170,13 @@ def plan(
         made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found, early=early)
         place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
         made.save(place)
-        size, beside = made.nbytes(context, record.head_dim, loaded.dtype.itemsize), evidence_slots(made)
-        whole = size * (made.held(context) + beside) / made.held(context)
-        share = made.share(context) * whole / size
+        size, share = made.nbytes(context, record.head_dim, loaded.dtype.itemsize), share_of(made, context)
+        whole = size * share / made.share(context)
         told = {"file": str(place), "sensitivity": prices and str(prices), "share": share, "bytes": round(whole)}
         written.append(told | made.made_from)
         if not as_json:
             plan_map(made, context)
-            queries = f", {(whole - size) / 1e6:.2f} MB of it queries to choose by" if beside else ""
+            queries = f", {(whole - size) / 1e6:.2f} MB of it queries to choose by" if whole > size else ""
             print(f"{place}: {share:.2%} of the full cache, {whole / 1e6:.2f} MB at {context} tokens{queries}")
     if as_json:
         print_json(written)
