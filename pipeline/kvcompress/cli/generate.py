@@ -94,9 +94,8 @@ def generate(
     length, start = inputs.input_ids.shape[1], time.perf_counter()
     if kept and plan and not ranks.rank():
         warn_of(kept, plan, record, length)
-    if length + max_new_tokens - 1 > record.max_context and knows_no_more_positions(
-        loaded
-    ):  # the last token is not read
+    # The last token is not read again.
+    if length + max_new_tokens - 1 > record.max_context and knows_no_more_positions(loaded):
         raise InputError(
             f"the prompt has {length} tokens and up to {max_new_tokens} follow, but {record.id} knows {record.max_context} "
             "positions and no further ones"
