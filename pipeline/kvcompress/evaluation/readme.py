@@ -116,6 +116,7 @@ PAGES: dict[str, Blocks] = {
         "passkeys_by_price": selection,
         "early": selection,
         "selection_others": selection,
+        "adaptive": selection,
         "ablation": ablation,
     },
     "docs/speed.md": {
