@@ -31,7 +31,7 @@ class AdaptiveLayer(ChoosingLayer):
     def __init__(
         self, kept: Retention, heads: int, shared: Shared, limit: int | None = None, floor: float = 0.2
     ) -> None:
-        self.even, self.floor = kept, floor
+        self.floor = floor
         super().__init__([kept] * heads, shared, limit)
 
     def keeps_like(self, other: CompressedLayer) -> bool:
@@ -42,7 +42,7 @@ class AdaptiveLayer(ChoosingLayer):
         self._divide(self.wanted)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
-        if self._in_prompt and keys.shape[2] > sum(self.even[:3]):
+        if self._in_prompt and keys.shape[2] > self._choosers[0][1].due:
             if keys.shape[0] > 1 or self.shared.padding.longest:
                 raise CacheUseError(
                     "budgets that follow the prompt serve one text at a time, without padding; got"
@@ -60,13 +60,13 @@ class AdaptiveLayer(ChoosingLayer):
 
     def _divided(self, keys: Tensor, values: Tensor) -> list[Retention]:
         """What every head keeps of this prompt, `[1, kv_head, column, head_dim]`."""
-        sinks, window, chosen, score = self.even
+        sinks, window, chosen, score = self.wanted[0]
         (_, group), columns = self._choosers[0], torch.arange(keys.shape[2], device=keys.device)
         prompt = Prompt([group], group.heads, keys, values, self._evidence_of_prompt())
         # Also what the window will hold has its share of a head's attention, and so lessens that of the others.
         held = prompt.held(group.score, slice(None), columns[None, None], (columns < sinks)[None, None])
         scores = group.score.of_candidates(held)[0, :, sinks : keys.shape[2] - window]
-        least = max(int(self.floor * sum(self.even[:3])) - sinks - window, 0)
+        least = max(int(self.floor * (sinks + window + chosen)) - sinks - window, 0)
         counts = divided(scores, chosen, min(least, chosen))
         return [Retention(sinks, window, count, score) if count else Retention(sinks, window) for count in counts]
 
