@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from kvcompress.cache.rotation import Rotation
-from kvcompress.scores import Held, Received
+from kvcompress.scores.held import Held
+from kvcompress.scores.history import Received
 
 BATCH, HEADS, GROUP, SIZE, PROMPT = 2, 2, 3, 12, 40
 ROTATION = Rotation(8, 100.0)  # partial: four of a head's twelve dimensions do not turn

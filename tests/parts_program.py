@@ -27,8 +27,10 @@ import stages  # noqa: F401 (puts this copy's pipeline first)
 from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.cache import Choosing, judged, recorded_choices
+from kvcompress.cache.choices import Choosing
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cli import main as program
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.evaluation.beyond import stream

@@ -2,7 +2,9 @@
 
 import torch
 
-from kvcompress.cache import Choosing, judged, recorded_choices
+from kvcompress.cache.choices import Choosing
+from kvcompress.cache.oracle import judged
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cache.shape import ModelShape
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvcompress.scores import Held, Score
+from kvcompress.scores.held import Held
+from kvcompress.scores.score import Score
 
 
 def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:

@@ -4,15 +4,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import Choosing, recorded_choices
 from kvcompress.cache.adaptive_layer import AdaptiveLayer, divided
+from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import AdaptiveCompressor
 from kvcompress.retention import Retention
-from kvcompress.scores import SCORES
 from kvcompress.scores.held import Held
 from kvcompress.scores.snapkv import SnapKV
+from kvcompress.scores.table import SCORES
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.select_tools import CHOOSING, replayed, uniform
 from tests.test_cache_bytes import head_size, tensors_alive_in

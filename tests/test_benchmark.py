@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from kvcompress.cache import judged
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.storage import allocated_slots
 from kvcompress.errors import InputError

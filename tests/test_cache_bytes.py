@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from kvcompress.cache import allocated_slots
+from kvcompress.cache.storage import allocated_slots
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, Retention

@@ -11,8 +11,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from kvcompress.cache import judged
 from kvcompress.cache.group import RECORDED
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import judged, reading
+from kvcompress.cache import reading
 from kvcompress.cache.group import Group
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter
 from kvcompress.retention import FULL, Retention

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import judged
+from kvcompress.cache.oracle import judged
 from tests.cache_tools import FAMILIES, compressor_for, inputs_for, model_of, padded, plan_for, tokens
 
 NEW = 14

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import judged, reading
+from kvcompress.cache import reading
+from kvcompress.cache.oracle import judged
 from tests.cache_tools import (
     FAMILIES,
     PLANS,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvcompress.cache import judged, spread
+from kvcompress.cache import spread
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
 from kvcompress.cache.spread import attend_spread, parts_for

@@ -11,9 +11,9 @@ from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.slot_changes import slot_changes
 from kvcompress.analysis.text_price import part, text_prices
 from kvcompress.analysis.window_changes import window_changes
-from kvcompress.cache import recorded_choices
 from kvcompress.cache.attention import attached
 from kvcompress.cache.choices import Choosing
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cache.rotation import Rotation
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.params.sensitivity import SensitivityParams

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from kvcompress.cache import recorded_choices
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.retention import Retention
-from kvcompress.scores import SCORES
+from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.select_tools import CHOOSING, select_compressor, select_layers
 

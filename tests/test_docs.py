@@ -5,12 +5,12 @@ from dataclasses import fields
 
 from kvcompress.analysis.classification import classify_first_pass, classify_refined
 from kvcompress.analysis.statistics import REGIONS, HeadStatistics
-from kvcompress.cache import Choosing
+from kvcompress.cache.choices import Choosing
 from kvcompress.heads import HeadType
 from kvcompress.params.base import SECTIONS
 from kvcompress.planning.policies import POLICIES
 from kvcompress.retention import Strategy
-from kvcompress.scores import SCORES, make_score
+from kvcompress.scores.table import SCORES, make_score
 from tests.project import ROOT
 
 TEXT = (ROOT / "docs/measures.md").read_text()

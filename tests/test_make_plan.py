@@ -10,7 +10,8 @@ from kvcompress.errors import InputError
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.plan import RetentionPlan
-from kvcompress.planning import Budget, make_plan
+from kvcompress.planning import make_plan
+from kvcompress.planning.budget import Budget
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
 PARAMS = SensitivityParams(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import kvcompress
-from kvcompress.cache import attached, judged
+from kvcompress.cache.attention import attached
+from kvcompress.cache.oracle import judged
 from kvcompress.retention import FULL
 from tests.cache_tools import compressor_for, feed, model_of, tokens
 

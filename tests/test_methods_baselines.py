@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import judged
+from kvcompress.cache.oracle import judged
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import (
     FixSizeL2Compressor,

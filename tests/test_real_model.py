@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress.artifacts import read_json
-from kvcompress.cache import judged
+from kvcompress.cache.oracle import judged
 from kvcompress.corpora import documents, load_texts
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan

@@ -5,7 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from kvcompress.evaluation import score_cost
-from kvcompress.scores import SCORES
+from kvcompress.scores.table import SCORES
 
 run = CliRunner().invoke
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvcompress.cache.rotation import Rotation
-from kvcompress.scores import Held, launches, make_score
+from kvcompress.scores import launches
 from kvcompress.scores.attention import of_a_text, received, which
 from kvcompress.scores.expected_attention import logits_of
+from kvcompress.scores.held import Held
 from kvcompress.scores.leverage import Leverage, gaussian
 from kvcompress.scores.non_causal import non_causal
+from kvcompress.scores.table import make_score
 from tests.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
 
 HALF = [torch.bfloat16, torch.float16]

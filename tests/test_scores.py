@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcompress.scores import SCORES, make_score
 from kvcompress.scores.choosing import best
+from kvcompress.scores.table import SCORES, make_score
 from tests.held_keys import CASES
 from tests.slow_scores import Slow
 

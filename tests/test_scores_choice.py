@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvcompress.errors import InputError
-from kvcompress.scores import best, make_score
+from kvcompress.scores.choosing import best
+from kvcompress.scores.table import make_score
 from tests.held_keys import prompt, with_stays
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from kvcompress.analysis.listen import listening
 from kvcompress.cache.rotation import Rotation
 from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.scores import SCORES, Held, make_score, received
+from kvcompress.scores.attention import received
 from kvcompress.scores.expected_attention import ExpectedAttention
+from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 from kvcompress.scores.leverage import Leverage
+from kvcompress.scores.table import SCORES, make_score
 from tests.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvcompress.cache import judged
+from kvcompress.cache.oracle import judged
 from kvcompress.errors import InputError
 from kvcompress.evaluation.scoring import Score, full_log_probs, score_contenders, score_document
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor

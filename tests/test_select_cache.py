@@ -4,17 +4,18 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import Choosing, allocated_slots, judged
+from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged import RaggedLayer
-from kvcompress.cache.storage import Block
+from kvcompress.cache.storage import Block, allocated_slots
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.methods.compressor import UniformCompressor
 from kvcompress.retention import Retention
-from kvcompress.scores import SCORES
 from kvcompress.scores.snapkv import SnapKV
+from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.select_tools import CHOOSING, furthest, select_compressor, select_layers, uniform
 from tests.test_cache_bytes import head_size, tensors_alive_in

@@ -8,13 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvcompress.cache import Choosing
-from kvcompress.cache.choices import of_head
+from kvcompress.cache.choices import Choosing, of_head
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.rotation import Rotation
 from kvcompress.retention import Retention
-from kvcompress.scores import SCORES, Held, Received, make_score
+from kvcompress.scores.held import Held
+from kvcompress.scores.history import Received
+from kvcompress.scores.table import SCORES, make_score
 from tests.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7

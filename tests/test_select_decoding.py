@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import Choosing, fused, recorded_choices
+from kvcompress.cache import fused
+from kvcompress.cache.choices import Choosing
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.graphs import GraphedDecoder
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.graph_stand_in import stand_in

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from kvcompress.analysis.report import retention_word
-from kvcompress.cache import Choosing
+from kvcompress.cache.choices import Choosing
 from kvcompress.cli.main import app
 from kvcompress.errors import InputError
 from kvcompress.heads import HeadClassification, HeadType, load_classifications, save_classifications

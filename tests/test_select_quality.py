@@ -11,8 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.cache import Choosing, judged, recorded_choices
-from kvcompress.cache.choices import evidence_slots
+from kvcompress.cache.choices import Choosing, evidence_slots
+from kvcompress.cache.oracle import judged
+from kvcompress.cache.recorded import recorded_choices
 from kvcompress.errors import InputError
 from kvcompress.evaluation import select_quality
 from kvcompress.evaluation.ablation import run_ablation
@@ -27,7 +28,7 @@ from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
-from kvcompress.scores import SCORES
+from kvcompress.scores.table import SCORES
 from tests.tiny import prose, save_tiny, tiny_model, tiny_tokenizer
 
 CONTEXT, LENGTH = 64, 96

@@ -1,5 +1,20 @@
-"""What attention heads do: observation, statistics, classes, reports, figures. Names load when they are first used."""
+"""Head classes: rules, the analyzer, reports and figures. Public names load on first use."""
 
-import lazy_loader
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+if TYPE_CHECKING:
+    from kvcompress.analysis.attention_analyzer import (
+        AttentionAnalyzer,
+        HeadClassification,
+        HeadStatistics,
+        HeadType,
+    )
+
+__all__ = ["AttentionAnalyzer", "HeadClassification", "HeadStatistics", "HeadType"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("kvcompress.analysis.attention_analyzer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

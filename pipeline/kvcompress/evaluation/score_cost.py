@@ -25,7 +25,9 @@ from kvcompress.artifacts import write_json
 from kvcompress.cache.rotation import Rotation
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
-from kvcompress.scores import SCORES, Held, best, make_score
+from kvcompress.scores.choosing import best
+from kvcompress.scores.held import Held
+from kvcompress.scores.table import SCORES, make_score
 
 ATTENTION = "attention"
 app = typer.Typer(add_completion=False)

@@ -40,7 +40,7 @@ from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
-from kvcompress.scores import SCORES
+from kvcompress.scores.table import SCORES
 
 WINDOW, SINKS = "window", 4
 FIRST = 3  # steps before those that are timed: to compile, to capture, to replay

@@ -39,7 +39,7 @@ from kvcompress.models import ModelRecord, load_folder, locate_model
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.model import ModelParams, source_of
 from kvcompress.planning.policies import Planner
-from kvcompress.scores import SCORES
+from kvcompress.scores.table import SCORES
 
 STREAMED = 1024  # tokens a pass, where contexts stream in
 app = typer.Typer(add_completion=False)

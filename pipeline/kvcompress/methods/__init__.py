@@ -1,22 +1,30 @@
-"""Compression methods: this project's head-aware one and the baselines, all behind one interface (`Compressor`).
+"""Compression methods behind one interface (`Compressor`): the head-aware one and the baselines.
 
-Each lives in a file of its own name, beside a function of that name that compresses a cache in one call.
+Each stands in a file of its own name, with a function of that name that compresses a cache in one call. The function
+replaces the file as this package's attribute: `kvcompress.methods.l2_compress` is the function.
 """
 
-import sys
-from types import ModuleType
-from typing import Any
+from kvcompress.methods.adaptive import AdaptiveCompressor
+from kvcompress.methods.compressor import Compressor, PlanCompressor
+from kvcompress.methods.fix_size_l2 import FixSizeL2Compressor, fix_size_l2
+from kvcompress.methods.head_aware_compress import HeadAwareCompressor, HeadCompressionConfig, head_aware_compress
+from kvcompress.methods.l2_compress import L2Compressor, l2_compress
+from kvcompress.methods.recent_only import RecentOnlyCompressor, recent_only
+from kvcompress.methods.streaming_llm import StreamingLLMCompressor, streaming_llm
 
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-class _Methods(ModuleType):
-    """`kvcompress.methods.head_aware_compress` is the function, whichever import comes first, never the file."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Methods
+__all__ = [
+    "AdaptiveCompressor",
+    "Compressor",
+    "FixSizeL2Compressor",
+    "HeadAwareCompressor",
+    "HeadCompressionConfig",
+    "L2Compressor",
+    "PlanCompressor",
+    "RecentOnlyCompressor",
+    "StreamingLLMCompressor",
+    "fix_size_l2",
+    "head_aware_compress",
+    "l2_compress",
+    "recent_only",
+    "streaming_llm",
+]

@@ -91,7 +91,7 @@ class Compressor(ABC):
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """Let `model` read compressed caches here; see `kvcompress.cache.attached`.
+        """Let `model` read compressed caches here; see `kvcompress.cache.attention.attached`.
 
         Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
         """
