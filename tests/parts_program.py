@@ -28,9 +28,7 @@ from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing
-from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cli import main as program
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.evaluation.beyond import stream
@@ -47,6 +45,8 @@ from kvcompress.parts import of_all_heads, part_of
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
 from kvcompress.tensor_parallel import share
+from tests.reference.oracle import judged
+from tests.reference.recorded import recorded_choices
 from tests.tiny import COMMON, prose, tiny_tokenizer
 
 WIDE = COMMON | {"hidden_size": 64, "num_attention_heads": 8, "head_dim": 8}

@@ -3,13 +3,13 @@
 import torch
 
 from kvcompress.cache.choices import Choosing
-from kvcompress.cache.oracle import judged
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cache.shape import ModelShape
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
 from tests.cache_tools import LAYERS, feed, inputs_for, real
+from tests.reference.oracle import judged
+from tests.reference.recorded import recorded_choices
 
 CHOOSING = Choosing(every=3, observe=7)
 

@@ -7,7 +7,6 @@ from transformers import DynamicCache
 from kvcompress.cache.adaptive_layer import AdaptiveLayer, divided
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Shared
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import AdaptiveCompressor
 from kvcompress.retention import Retention
@@ -15,6 +14,7 @@ from kvcompress.scores.held import Held
 from kvcompress.scores.snapkv import SnapKV
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import feed, model_of, padded, tokens
+from tests.reference.recorded import recorded_choices
 from tests.select_tools import CHOOSING, replayed, uniform
 from tests.test_cache_bytes import head_size, tensors_alive_in
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.storage import allocated_slots
 from kvcompress.errors import InputError
@@ -22,6 +21,7 @@ from kvcompress.params.benchmark import BASELINES, FULL, BenchmarkParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL as FULL_HEAD
 from kvcompress.retention import PRUNED, Retention
+from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
 PARAMS = BenchmarkParams(num_samples=2, max_tokens=64, max_new_tokens=12, turn=4, share=0.25, sinks=2)

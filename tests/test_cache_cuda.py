@@ -7,7 +7,6 @@ import torch
 
 from kvcompress.cache import reading
 from kvcompress.cache.group import Group
-from kvcompress.cache.oracle import judged
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter
 from kvcompress.retention import FULL, Retention
@@ -23,6 +22,7 @@ from tests.cache_tools import (
     real,
     tokens,
 )
+from tests.reference.oracle import judged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTH = 33

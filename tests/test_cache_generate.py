@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.oracle import judged
 from tests.cache_tools import FAMILIES, compressor_for, inputs_for, model_of, padded, plan_for, tokens
+from tests.reference.oracle import judged
 
 NEW = 14
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}

@@ -5,7 +5,6 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress.cache import reading
-from kvcompress.cache.oracle import judged
 from tests.cache_tools import (
     FAMILIES,
     PLANS,
@@ -18,6 +17,7 @@ from tests.cache_tools import (
     real,
     tokens,
 )
+from tests.reference.oracle import judged
 
 LENGTH = 33
 FEEDS = {"one_shot": [LENGTH], "chunks": [11, 9, 1, 8], "token_by_token": [1]}

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kvcompress.cache import spread
-from kvcompress.cache.oracle import judged
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
 from kvcompress.cache.spread import attend_spread, parts_for
 from tests.cache_tools import compressor_for, model_of, plan_for, tokens
+from tests.reference.oracle import judged
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])

@@ -13,10 +13,10 @@ from kvcompress.analysis.text_price import part, text_prices
 from kvcompress.analysis.window_changes import window_changes
 from kvcompress.cache.attention import attached
 from kvcompress.cache.choices import Choosing
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.cache.rotation import Rotation
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.params.sensitivity import SensitivityParams
+from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model
 
 SINKS, LENGTH = 2, 300

@@ -16,7 +16,7 @@ from kvcompress.errors import InputError, UnsupportedModelError
 from kvcompress.heads import HeadType
 from kvcompress.models import model_shape
 from kvcompress.params.analysis import StatisticsParams
-from tests.slow_reference import attention_maps, slow_statistics
+from tests.reference.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 
 MEASURE = StatisticsParams(sink_size=3, local_window=9, recent_ratio=0.17)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from benchmarks import collect_cost
+from benchmarks.collect_cost import WAYS
 from kvcompress.artifacts import read_json
-from kvcompress.evaluation import collect_cost
-from kvcompress.evaluation.collect_cost import WAYS
 from tests.tiny import save_tiny
 
 

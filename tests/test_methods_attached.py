@@ -8,9 +8,9 @@ import pytest
 
 import kvcompress
 from kvcompress.cache.attention import attached
-from kvcompress.cache.oracle import judged
 from kvcompress.retention import FULL
 from tests.cache_tools import compressor_for, feed, model_of, tokens
+from tests.reference.oracle import judged
 
 
 def attention_of(model):

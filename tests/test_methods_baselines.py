@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.oracle import judged
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import (
     FixSizeL2Compressor,
@@ -20,6 +19,7 @@ from kvcompress.methods import (
 )
 from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
+from tests.reference.oracle import judged
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks import offload_check
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.artifacts import read_json
-from kvcompress.evaluation import offload_check
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders

@@ -10,9 +10,9 @@ from kvcompress.analysis.listen import listening
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.analysis.window_changes import window_changes
-from kvcompress.cache.oracle import judged
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.retention import FULL, Retention
+from tests.reference.oracle import judged
 from tests.tiny import tiny_model
 
 SHAPES = {"gpt_neox": (2, 4), "llama": (2, 2), "qwen3": (2, 2), "gpt2": (2, 4), "mistral": (2, 2), "phi": (2, 4)}

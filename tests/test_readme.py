@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvcompress.errors import InputError
-from kvcompress.evaluation.readme import MARKED, PAGES, current
 from tests.project import ROOT
+from tools.update_docs import MARKED, PAGES, current
 
 README = "README.md"
 LINKING = [README, "README.zh.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

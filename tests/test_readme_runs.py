@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import kvcompress.evaluation.decode_cost as decode_cost
+import benchmarks.decode_cost as decode_cost
 from kvcompress.cli.main import app as kvcompress
 from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.plan import RetentionPlan
@@ -98,7 +98,7 @@ def test_stages_one_by_one(folder: Path) -> None:
 
 
 def test_the_cost_of_a_decode_step() -> None:
-    (words,) = [words for words in everywhere() if "kvcompress.evaluation.decode_cost" in words]
+    (words,) = [words for words in everywhere() if "benchmarks.decode_cost" in words]
     assert "DynamicCache" in invoke(decode_cost.app, words[3:])
 
 

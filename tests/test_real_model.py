@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress.artifacts import read_json
-from kvcompress.cache.oracle import judged
 from kvcompress.corpora import documents, load_texts
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.plan import RetentionPlan
 from tests.project import ROOT
+from tests.reference.oracle import judged
 
 DATA = ROOT / "data"
 TOKENS, PROMPT = 1024, 960  # token by token after the prompt

@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from kvcompress.evaluation import score_cost
+from benchmarks import score_cost
 from kvcompress.scores.table import SCORES
 
 run = CliRunner().invoke

@@ -8,7 +8,7 @@ import torch
 from kvcompress.scores.choosing import best
 from kvcompress.scores.table import SCORES, make_score
 from tests.held_keys import CASES
-from tests.slow_scores import Slow
+from tests.reference.slow_scores import Slow
 
 # Every score with its defaults, and with each parameter elsewhere.
 VARIANTS = [

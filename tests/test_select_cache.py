@@ -7,7 +7,6 @@ from transformers import DynamicCache
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
-from kvcompress.cache.oracle import judged
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.storage import Block, allocated_slots
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
@@ -17,6 +16,7 @@ from kvcompress.retention import Retention
 from kvcompress.scores.snapkv import SnapKV
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
+from tests.reference.oracle import judged
 from tests.select_tools import CHOOSING, furthest, select_compressor, select_layers, uniform
 from tests.test_cache_bytes import head_size, tensors_alive_in
 

@@ -16,7 +16,7 @@ from kvcompress.retention import Retention
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 from kvcompress.scores.table import SCORES, make_score
-from tests.slow_scores import Slow
+from tests.reference.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7
 ROTATION, WORST = Rotation(8, 100.0), float("-inf")

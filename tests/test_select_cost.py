@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvcompress.evaluation.cost_tables import choosing
-from kvcompress.evaluation.select_cost import WINDOW, app
+from benchmarks.select_cost import WINDOW, app
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import Retention
+from tools.cost_tables import choosing
 
 
 def test_every_contender_is_timed_at_the_same_bytes(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import torch
 
 from kvcompress.cache import fused
 from kvcompress.cache.choices import Choosing
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.graphs import GraphedDecoder
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.graph_stand_in import stand_in
+from tests.reference.recorded import recorded_choices
 from tests.select_tools import replayed, select_compressor, select_layers
 
 PROMPT, NEW = 18, 16

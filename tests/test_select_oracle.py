@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.scores.snapkv import SnapKV
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import feed, model_of, padded, tokens
+from tests.reference.recorded import recorded_choices
 from tests.select_tools import CHOOSING, furthest, replayed, select_compressor, select_layers
 
 LENGTH = 34

@@ -10,18 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import select_quality
+from benchmarks.select_contenders import select_contenders
+from benchmarks.select_quality import app
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.cache.oracle import judged
-from kvcompress.cache.recorded import recorded_choices
 from kvcompress.errors import InputError
-from kvcompress.evaluation import select_quality
 from kvcompress.evaluation.ablation import run_ablation
 from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_continuation
-from kvcompress.evaluation.select_contenders import select_contenders
-from kvcompress.evaluation.select_quality import app
 from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
@@ -29,6 +27,8 @@ from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.plan import RetentionPlan
 from kvcompress.retention import FULL, PRUNED, Retention
 from kvcompress.scores.table import SCORES
+from tests.reference.oracle import judged
+from tests.reference.recorded import recorded_choices
 from tests.tiny import prose, save_tiny, tiny_model, tiny_tokenizer
 
 CONTEXT, LENGTH = 64, 96

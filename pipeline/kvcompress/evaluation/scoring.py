@@ -2,7 +2,7 @@
 
 A document streams through the model in chunks; every query sees exactly what its heads still hold, so what is scored is
 what a user gets, and the bytes are those of the cache that was read. Reading a document in one masked pass gives the
-same (`kvcompress.cache.oracle.judged`; a test holds the two together), where content decides with its choices recorded before.
+same (`tests.reference.oracle.judged`; a test holds the two together), where content decides with its choices recorded before.
 
 A continuation is scored after an exact prefill: the context is read in one pass by the contender's own cache, so that
 whoever chooses by queries has them, compressed once, and what follows goes on in the compressed cache.

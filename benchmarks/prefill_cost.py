@@ -1,7 +1,7 @@
 """What reading a long prompt costs on a GPU: with the full cache, in an exact prefill, and in a streaming one.
 
-    python -m kvcompress.evaluation.prefill_cost --output prefill_cost.json
-    python -m kvcompress.evaluation.prefill_cost --tiny --device cpu
+    python -m benchmarks.prefill_cost --output prefill_cost.json
+    python -m benchmarks.prefill_cost --tiny --device cpu
 
 Llama-3-8B with random weights, one row. `dense` is a `DynamicCache` read by SDPA; `exact` attends to the whole prompt
 and then forgets; `streaming` lets every head see only what it keeps, in one pass or in chunks, whose memory is bounded.
@@ -25,12 +25,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from benchmarks.step_models import config_of, random_model
+from benchmarks.step_parts import forget
 from kvcompress.artifacts import write_json
 from kvcompress.cache.attention import attached
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.decode_steps import held_bytes, plan_of
-from kvcompress.evaluation.step_models import config_of, random_model
-from kvcompress.evaluation.step_parts import forget
 from kvcompress.evaluation.timing import Spread, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 

@@ -1,6 +1,6 @@
 """A figure of what `select_quality` found at several shares: text lost, and facts found, by every contender.
 
-python -m kvcompress.evaluation.select_figure select_quality-*.json --output select_quality.png
+python -m benchmarks.select_figure select_quality-*.json --output select_quality.png
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """What several processes save: wall time of the stages that share documents, from one process to many.
 
-    python -m kvcompress.evaluation.scaling_cost data/model
+    python -m benchmarks.scaling_cost data/model
 
 Strong scaling: the same documents for every number of processes. Weak scaling: one process with its share of them, which
 is as much work for each only where documents divide evenly; other numbers are refused. Rounds take
@@ -22,9 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.scaling_run import UNIT
 from kvcompress.artifacts import write_json
 from kvcompress.errors import InputError, KVCompressError, said_in_a_sentence
-from kvcompress.evaluation.scaling_run import UNIT
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Argument(help="Folder of a model in safetensors.")]
@@ -39,7 +39,7 @@ def measured(folder: Path, processes: int, documents: int, tokens: int) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "seconds.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m", "kvcompress.evaluation.scaling_run", str(folder), str(documents), str(tokens)]
+        command += ["-m", "benchmarks.scaling_run", str(folder), str(documents), str(tokens)]
         done = subprocess.run([*command, str(output)], capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

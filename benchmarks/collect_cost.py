@@ -1,6 +1,6 @@
 """What observing attention costs: time as a multiple of a plain forward pass, and peak memory beyond it.
 
-Run: python -m kvcompress.evaluation.collect_cost data/model
+Run: python -m benchmarks.collect_cost data/model
 
 Time: three ways over the same tokens alternate in one process: the decoder (without its output layer) with SDPA, whole;
 the same in chunks with a KV cache; and observed, in the same chunks. The ratios are of medians, observed to each of the

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from benchmarks.step_models import kept_bytes, occupied, occupied_static
 from kvcompress.cache.attention import attached
 from kvcompress.errors import InputError
 from kvcompress.evaluation.decode_growth import weight_bytes
 from kvcompress.evaluation.decode_steps import fill
-from kvcompress.evaluation.step_models import kept_bytes, occupied, occupied_static
 from kvcompress.evaluation.timing import Spread, timed, times_faster
 from kvcompress.graphs import GraphedDecoder, can_record
 from kvcompress.plan import RetentionPlan

@@ -1,6 +1,6 @@
 """What one decoded token costs with a compressed cache and with transformers' own, side by side.
 
-    python -m kvcompress.evaluation.decode_cost MODEL_FOLDER --context 64 --context 8000 --batch 1 --share 0.25
+    python -m benchmarks.decode_cost MODEL_FOLDER --context 64 --context 8000 --batch 1 --share 0.25
 
 What is timed, and how, stands in `decode_steps`. With `--random-weights` the folder needs a config.json only. A share
 of 1 is a plan that keeps everything.

@@ -1,8 +1,8 @@
 """What whole decode steps cost on a GPU, with the full cache and with a plan that keeps a quarter of it.
 
-    python -m kvcompress.evaluation.step_cost --output step_cost.json
-    python -m kvcompress.evaluation.step_cost --part step --fused
-    python -m kvcompress.evaluation.step_cost --tiny --device cpu
+    python -m benchmarks.step_cost --output step_cost.json
+    python -m benchmarks.step_cost --part step --fused
+    python -m benchmarks.step_cost --tiny --device cpu
 
 Parts: `step` times a step of Pythia-2.8b (batch 32, 2,048 tokens), captured in a CUDA graph and as a user has it today;
 `memory` compares the peaks of device memory of the same runs with what the plan predicts; `batch` finds the largest
@@ -23,12 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.decode_growth import weight_bytes
-from kvcompress.evaluation.decode_steps import plan_of
-from kvcompress.evaluation.step_models import config_of, kept_bytes, random_model
-from kvcompress.evaluation.step_parts import (
+from benchmarks.step_models import config_of, kept_bytes, random_model
+from benchmarks.step_parts import (
     DYNAMIC,
     EAGER,
     FULL,
@@ -40,6 +36,10 @@ from kvcompress.evaluation.step_parts import (
     largest_batch,
     peak_bytes,
 )
+from kvcompress.artifacts import write_json
+from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.evaluation.decode_growth import weight_bytes
+from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.evaluation.timing import copy_bandwidth
 from kvcompress.plan import RetentionPlan
 

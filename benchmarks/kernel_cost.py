@@ -1,7 +1,7 @@
 """What one token's attention over a ragged cache costs on a GPU: dense, group by group, and in one launch.
 
-    python -m kvcompress.evaluation.kernel_cost --output kernel_cost.json
-    python -m kvcompress.evaluation.kernel_cost --sweep --output kernel_sweep.json
+    python -m benchmarks.kernel_cost --output kernel_cost.json
+    python -m benchmarks.kernel_cost --sweep --output kernel_sweep.json
 
 Each contender attends in several layers with caches of their own, one after the other in a captured CUDA graph, as a
 decode step does; so the host's part is left out and no cache is found in L2. The graphs take turns, a large buffer is
@@ -25,12 +25,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu_clock import capture, clock, copy_bandwidth
 from kvcompress.artifacts import write_json
 from kvcompress.cache.decode import Part, Scratch, Tuning, decode, kernel, table_of
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
 from kvcompress.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.gpu_clock import capture, clock, copy_bandwidth
 
 WINDOW = 4 + 128  # slots of a head that is not full
 app = typer.Typer(add_completion=False)

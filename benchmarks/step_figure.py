@@ -1,6 +1,6 @@
 """Figure of how a decode step of a whole model grows with context and batch, from a report of `step_cost`.
 
-python -m kvcompress.evaluation.step_figure step_cost.json --output growth.png
+python -m benchmarks.step_figure step_cost.json --output growth.png
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvcompress.evaluation.cost_tables import table
+from tools.cost_tables import table
 
 Report = Mapping[str, Any]
 

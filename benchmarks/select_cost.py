@@ -1,8 +1,8 @@
 """What choosing keys costs: an exact prefill and decode steps of plans that select, beside a window plan of equal bytes.
 
-    python -m kvcompress.evaluation.select_cost --output select_cost.json
-    python -m kvcompress.evaluation.select_cost --tiny --device cpu
-    python -m kvcompress.evaluation.select_cost --like plans/select-25.json --like plans/select-12.5.json
+    python -m benchmarks.select_cost --output select_cost.json
+    python -m benchmarks.select_cost --tiny --device cpu
+    python -m benchmarks.select_cost --like plans/select-25.json --like plans/select-12.5.json
 
 Llama-3-8B with random weights. Every head has the same slots: of the window plan all but the sinks are a window, of the
 others half are chosen by the score that names them. With `--like` its heads keep, in turn, what those of another model's
@@ -29,13 +29,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.step_models import config_of, random_model
+from benchmarks.step_parts import forget
 from kvcompress.artifacts import write_json
 from kvcompress.cache.attention import attached
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.shape import ModelShape
 from kvcompress.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.step_models import config_of, random_model
-from kvcompress.evaluation.step_parts import forget
 from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor

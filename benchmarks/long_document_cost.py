@@ -1,6 +1,6 @@
 """Memory that observing one long document takes: flat, but for the keys and values that attention has to keep.
 
-Run: python -m kvcompress.evaluation.long_document_cost
+Run: python -m benchmarks.long_document_cost
 
 A tiny random model reads documents of growing length in chunks, each in a fresh process. Reported are the keys and values
 that the cache holds at the end, and what the peak of that process, beyond the loaded model, has beside them: no byte is in
@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.collect_cost import random_tokens, resident
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.artifacts import write_json
-from kvcompress.evaluation.collect_cost import random_tokens, resident
 
 HEADS, HEAD_DIM, BYTES = 1, 8, 4
 

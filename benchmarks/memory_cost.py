@@ -1,7 +1,7 @@
 """What a compressed cache takes from the machine: resident memory of fresh processes, and a soak.
 
-    python -m kvcompress.evaluation.memory_cost resident MODEL_FOLDER --context 8000 --share 0.25
-    python -m kvcompress.evaluation.memory_cost soak --tokens 50000
+    python -m benchmarks.memory_cost resident MODEL_FOLDER --context 8000 --share 0.25
+    python -m benchmarks.memory_cost soak --tokens 50000
 
 `resident` lets one process a contender read the same random text through the model, in chunks, and compares what the
 operating system then says of them with what the caches say of themselves. `soak` decodes a long text with a bounded
@@ -83,7 +83,7 @@ def resident(
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for part in (0.0, share):
-        command = [sys.executable, "-m", "kvcompress.evaluation.memory_cost", "one", str(folder), str(part)]
+        command = [sys.executable, "-m", "benchmarks.memory_cost", "one", str(folder), str(part)]
         command += ["--context", str(context), "--chunk", str(chunk), *(["--random-weights"] * random_weights)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:

@@ -1,6 +1,6 @@
 """What ranking the keys of one layer costs, score by score, in milliseconds and beside the layer's own attention.
 
-    python -m kvcompress.evaluation.score_cost --keys 1024 --keys 8192
+    python -m benchmarks.score_cost --keys 1024 --keys 8192
 
 Two moments are timed: the end of an exact prefill, with the queries of the whole prompt, and a step of a stream, where a
 chunk of queries meets as many held keys, with holes between their positions. Vectors are random, because the time does

@@ -1,6 +1,6 @@
 """The tables of results in README.md and docs/, made from reports: no number there is typed in by hand.
 
-Run: python -m kvcompress.evaluation.readme
+Run: python -m tools.update_docs
 
 Between `<!-- ablation: begin REPORT -->` and `<!-- ablation: end -->` in docs/results.md stands what the report REPORT
 says; `PAGES` has all blocks of all pages. A test checks that they are current.
@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.select_quality import table as select_table
 from kvcompress.artifacts import read_json, read_text, write_text
 from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
-from kvcompress.evaluation.cost_tables import batch, choosing, kernel, prefill, steps
-from kvcompress.evaluation.cost_tables import table as table_of
-from kvcompress.evaluation.scaling_tables import long, scaling
-from kvcompress.evaluation.select_quality import table as select_table
+from tools.cost_tables import batch, choosing, kernel, prefill, steps
+from tools.cost_tables import table as table_of
+from tools.scaling_tables import long, scaling
 
 Results = Sequence[Mapping[str, Any]]
 MARKED = re.compile(r"(<!-- (\w+): begin (\S+) -->).*?(<!-- \2: end -->)", re.DOTALL)

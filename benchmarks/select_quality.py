@@ -1,7 +1,7 @@
 """How well each score chooses: uniform `select` plans of every score beside sink + window of the same bytes.
 
-    python -m kvcompress.evaluation.select_quality --share 0.5 --share 0.25 --output select_quality.json
-    python -m kvcompress.evaluation.select_quality --sensitivity data/head_sensitivity.safetensors --policy select
+    python -m benchmarks.select_quality --share 0.5 --share 0.25 --output select_quality.json
+    python -m benchmarks.select_quality --sensitivity data/head_sensitivity.safetensors --policy select
 
 Plans of `allocate`'s policies compete where prices are given. Processes that torchrun started share the work.
 
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel
 
+from benchmarks.select_contenders import policy_contenders, select_contenders
 from kvcompress import ranks
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.artifacts import read_model, write_json
@@ -33,7 +34,6 @@ from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
-from kvcompress.evaluation.select_contenders import policy_contenders, select_contenders
 from kvcompress.facts import TASKS, Case, Task, Use, make_cases
 from kvcompress.models import ModelRecord, load_folder, locate_model
 from kvcompress.params.budgets import BudgetParams

@@ -1,7 +1,7 @@
 """Does a model that is partly offloaded give what it gives on one device?
 
-    python -m kvcompress.evaluation.offload_check data/model --output offload.json
-    python -m kvcompress.evaluation.offload_check        # a random Llama of 1.1 billion parameters
+    python -m benchmarks.offload_check data/model --output offload.json
+    python -m benchmarks.offload_check        # a random Llama of 1.1 billion parameters
 
 The model first lies on one device as a whole, then every other layer of it elsewhere, as `device_map` does with what does
 not fit: in the CPU's memory where there is a GPU, else on disk. Compared are the statistics of every head and the logits

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.evaluation.kernel_cost import WINDOW
+from benchmarks.kernel_cost import WINDOW
 
 Report = Mapping[str, Any]
 MODELS = {"pythia-2.8b": "Pythia-2.8b", "llama-3-8b": "Llama-3-8B"}
