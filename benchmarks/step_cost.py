@@ -1,7 +1,6 @@
 """What whole decode steps cost on a GPU, with the full cache and with a plan that keeps a quarter of it.
 
     python -m benchmarks.step_cost --output step_cost.json
-    python -m benchmarks.step_cost --part step --fused
     python -m benchmarks.step_cost --tiny --device cpu
 
 Parts: `step` times a step of Pythia-2.8b (batch 32, 2,048 tokens), captured in a CUDA graph and as a user has it today;
@@ -129,7 +128,6 @@ def main(
     full_heads: Annotated[float, typer.Option(help="Part of the KV heads that stay full in it.")] = 0.125,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every contender.")] = 11,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 8,
-    fused: Annotated[bool, typer.Option("--fused", help="Compile what lies between the matrix products.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model and short contexts, to try the program.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,

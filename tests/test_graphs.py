@@ -4,13 +4,11 @@ Every test runs with steps as they are, with a stand-in for kernel and capture, 
 """
 
 import copy
-import sys
 
 import pytest
 import torch
 from transformers import StaticCache
 
-from kvcompress import fusing
 from kvcompress.cache import fused
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.graphs import GraphedDecoder
@@ -278,32 +276,3 @@ def test_a_step_that_cannot_be_captured_leaves_the_counts_alone(monkeypatch):
             decoder.step(found)
         assert cache.seen == ids.shape[1] + 1
         assert all(group.seen == cache.seen for layer in cache.layers for group in layer.groups)
-
-
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_fused_parts_choose_the_same(way, family, monkeypatch):
-    """One compilation serves all layers, and the model is as it was afterwards."""
-    graphs_compiled = []
-
-    def counted(graph, inputs):
-        graphs_compiled.append(graph)
-        return graph.forward
-
-    if way != "cuda":  # on a GPU it is the real compiler
-        monkeypatch.setattr(fusing, "BACKEND", counted)
-    torch._dynamo.reset()
-    model, (ids, mask) = moved(family, way), texts(way, pads=False)
-    file = sys.modules[type(model).__module__]
-    rotation, forwards = file.apply_rotary_pos_emb, [m.forward.__func__ for m in model.modules()]
-    compressor = compressor_for(model, "mixed")
-    with compressor.attached(model):
-        cache, logits = begin(model, compressor, ids, mask)
-        first = logits.argmax(-1)
-        found = GraphedDecoder(model, cache, NEW).decode(first, NEW)
-        other, _ = begin(model, compressor, ids, mask)
-        decoder = GraphedDecoder(model, other, NEW, fused=True)
-        assert torch.equal(decoder.decode(first, NEW), found)
-    assert decoder.captured == (way != "as it is")
-    assert way == "cuda" or len(graphs_compiled) == 3  # rotation, MLP, norm
-    assert file.apply_rotary_pos_emb is rotation
-    assert [m.forward.__func__ for m in model.modules()] == forwards

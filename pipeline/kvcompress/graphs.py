@@ -14,12 +14,10 @@ counts. The first step runs as it is, to compile and allocate; the second is cap
 does not serve (`captured` says so), or while the past is recorded, every step runs as it is, with the same results. The
 cache's counts are right after every step, so it can go on in any other way afterwards.
 
-With `fused=True` the parts between the matrix products are compiled into fewer launches (`fusing`): faster, and equal
-but for rounding. A `StaticCache` is served too: the full cache under the same capture, to compare with.
+A `StaticCache` is served too: the full cache under the same capture, to compare with.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -29,7 +27,6 @@ from transformers.cache_utils import StaticCache
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.standing import Standing, StandingCache, StandingDense
 from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
-from kvcompress.fusing import FusedParts
 from kvcompress.parts import part_of
 
 
@@ -55,9 +52,7 @@ class GraphedDecoder:
     several devices or split among processes.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, cache: RaggedCache | StaticCache, max_new_tokens: int, fused: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, cache: RaggedCache | StaticCache, max_new_tokens: int) -> None:
         if part_of(model.config).count > 1:
             raise UnsupportedModelError(
                 "a step of a model split among processes cannot be captured: they wait for each other"
@@ -76,7 +71,6 @@ class GraphedDecoder:
             raise CacheUseError(f"the cache is a {type(cache).__name__}, expected a compressed cache or a StaticCache")
         with torch.inference_mode(False):  # made in inference mode, they could be written nowhere else
             self._ids, self._positions = torch.zeros(2, self.past.batch, 1, dtype=torch.long, device=self.device)
-        self._parts = FusedParts(model) if fused else None
         self._at: tuple[int, Tensor | None] | None = None  # what the positions were made from
         self._replay: Callable[[], None] | None = None
         self._pieces: list[object] = []
@@ -138,7 +132,7 @@ class GraphedDecoder:
 
     def _forward(self) -> None:
         self.past.advance()
-        with self.past.reading(), self._parts.applied() if self._parts else nullcontext():
+        with self.past.reading():
             out = self.model(
                 self._ids, past_key_values=self.cache, position_ids=self._positions, use_cache=True, return_dict=True
             )
