@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.analysis.collect import collect_attention
-from kvcompress.artifacts import write_json
+from kvcompress.core.artifacts import write_json
 from kvcompress.evaluation.timing import devices_of, timed
 from kvcompress.models import input_device, load_folder
 from kvcompress.params.model import LocalModel, ModelParams

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.decode_steps import Cost, measure, plan_of
-from kvcompress.plan import RetentionPlan
 
 app = typer.Typer(add_completion=False)
 

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.collect_cost import random_tokens, resident
 from kvcompress.analysis.collect import collect_attention
-from kvcompress.artifacts import write_json
+from kvcompress.core.artifacts import write_json
 
 HEADS, HEAD_DIM, BYTES = 1, 8, 4
 

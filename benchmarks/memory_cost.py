@@ -23,7 +23,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import said_in_a_sentence
+from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 

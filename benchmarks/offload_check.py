@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from kvcompress.analysis.attention_sums import HEAD_SUMS
 from kvcompress.analysis.collect import collect_attention
-from kvcompress.artifacts import write_json
-from kvcompress.errors import said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.environment import environment
 from kvcompress.methods import StreamingLLMCompressor
 from kvcompress.models import input_device, resolve_device

@@ -27,9 +27,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.step_models import config_of, random_model
 from benchmarks.step_parts import forget
-from kvcompress.artifacts import write_json
 from kvcompress.cache.attention import attached
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.decode_steps import held_bytes, plan_of
 from kvcompress.evaluation.timing import Spread, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor

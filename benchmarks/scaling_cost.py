@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.scaling_run import UNIT
-from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError, KVCompressError, said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError, KVCompressError, said_in_a_sentence
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Argument(help="Folder of a model in safetensors.")]

@@ -11,9 +11,9 @@ import typer
 from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.artifacts import write_json
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.corpora import documents_of_all
-from kvcompress.errors import said_in_a_sentence
 from kvcompress.evaluation.ablation import compare
 from kvcompress.evaluation.contenders import contenders_for
 from kvcompress.evaluation.environment import environment

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress.artifacts import write_json
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
 from kvcompress.scores.choosing import best
 from kvcompress.scores.held import Held

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvcompress.cache.choices import Choosing
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 from kvcompress.evaluation.contenders import UNIFORM, Contender, full_cache, of_plan
 from kvcompress.methods import AdaptiveCompressor
 from kvcompress.models import model_shape
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
-from kvcompress.retention import Retention
 from kvcompress.scores.table import SCORES
 
 

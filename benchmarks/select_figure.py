@@ -11,8 +11,8 @@ import matplotlib
 import typer
 from matplotlib.figure import Figure
 
-from kvcompress.artifacts import atomic_path, read_json
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import atomic_path, read_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import OTHER, STYLE
 
 SCORES = {

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from benchmarks.select_contenders import policy_contenders, select_contenders
 from kvcompress import ranks
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.artifacts import read_model, write_json
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Prefill
+from kvcompress.core.artifacts import read_model, write_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.corpora import documents_of_all, load_texts
-from kvcompress.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.ablation_data import interval_cell
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender

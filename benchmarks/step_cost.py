@@ -35,12 +35,12 @@ from benchmarks.step_parts import (
     largest_batch,
     peak_bytes,
 )
-from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.decode_growth import weight_bytes
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.evaluation.timing import copy_bandwidth
-from kvcompress.plan import RetentionPlan
 
 PARTS = ("step", "memory", "batch", "growth")
 TURNS = ((STATIC, PLAN), (FULL, PLAN), (DYNAMIC, PLAN, EAGER))  # who takes turns: all at once would not fit

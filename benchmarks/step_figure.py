@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from matplotlib.figure import Figure
 
-from kvcompress.artifacts import atomic_path, read_json
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import atomic_path, read_json
+from kvcompress.core.errors import InputError, said_in_a_sentence
 
 COLOURS = {"full": "#000000", "plan": "#009E73"}  # Okabe and Ito's
 LABELS = {"full": "full cache", "plan": "plan"}

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
 
 
 def config_of(name: str) -> Any:

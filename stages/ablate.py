@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 from kvcompress import ranks
-from kvcompress.artifacts import write_json, write_text
+from kvcompress.core.artifacts import write_json, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import load_section
 from kvcompress.corpora import documents, load_texts
-from kvcompress.errors import InputError
 from kvcompress.evaluation.ablation import compare, metrics
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.beyond import beyond_contenders, stream
 from kvcompress.evaluation.contenders import ABLATIONS, contenders_for, plan_contenders
 from kvcompress.models import load_model
 from kvcompress.params.ablation import AblationParams
-from kvcompress.params.base import load_section
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
 from stages.processes import share_documents

@@ -9,12 +9,12 @@ from kvcompress.analysis.price_data import price_rows
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import load_statistics
-from kvcompress.artifacts import read_model, replaced_folder, write_json, write_text
-from kvcompress.heads import load_classifications
+from kvcompress.core.artifacts import read_model, replaced_folder, write_json, write_text
+from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.params import load_section
+from kvcompress.core.plan import plans_of
 from kvcompress.models import ModelRecord
-from kvcompress.params.base import load_section
 from kvcompress.params.budgets import BudgetParams
-from kvcompress.plan import plans_of
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
 from stages.common import DataDir, ParamsFile, run, stage_app

@@ -8,9 +8,9 @@ import typer
 
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.statistics import load_statistics
-from kvcompress.heads import save_classifications
+from kvcompress.core.head_classes import save_classifications
+from kvcompress.core.params import load_section
 from kvcompress.params.analysis import ThresholdParams
-from kvcompress.params.base import load_section
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

@@ -7,11 +7,11 @@ import typer
 
 from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
-from kvcompress.artifacts import read_text
+from kvcompress.core.artifacts import read_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import load_section
 from kvcompress.corpora import documents_of_all, load_texts
-from kvcompress.errors import InputError
 from kvcompress.models import load_model
-from kvcompress.params.base import load_section
 from kvcompress.params.collect import CollectParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.errors import InputError, said_in_a_sentence
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters; flags override them.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the pipeline's artifacts.")]

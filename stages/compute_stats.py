@@ -7,8 +7,8 @@ import typer
 
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
+from kvcompress.core.params import load_section
 from kvcompress.params.analysis import StatisticsParams
-from kvcompress.params.base import load_section
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from kvcompress.artifacts import read_model
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_model
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import SectionParams, load_section, override
 from kvcompress.models import ModelRecord, locate_model
-from kvcompress.params.base import SectionParams, load_section, override
 from kvcompress.params.model import ModelParams, source_of
 
 

@@ -7,10 +7,10 @@ import typer
 
 from kvcompress import ranks
 from kvcompress.analysis.sensitivity import measure_sensitivity
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import load_section
 from kvcompress.corpora import load_texts
-from kvcompress.errors import InputError
 from kvcompress.models import load_model
-from kvcompress.params.base import load_section
 from kvcompress.params.sensitivity import SensitivityParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

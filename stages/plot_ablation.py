@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.artifacts import read_json, write_json, write_text
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_json, write_json, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import load_section
 from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.params.ablation import ScoringParams
-from kvcompress.params.base import load_section
 from kvcompress.params.plots import PlotParams
 from stages.common import ParamsFile, ReportsDir, run, stage_app
 

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.artifacts import read_json, write_json, write_text
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_json, write_json, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import load_section
 from kvcompress.evaluation.benchmark_plots import save_benchmark_plots
 from kvcompress.evaluation.benchmark_report import report
-from kvcompress.params.base import load_section
 from kvcompress.params.plots import PlotParams
 from stages.common import ParamsFile, ReportsDir, run, stage_app
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from kvcompress import ranks
-from kvcompress.errors import KVCompressError
-from kvcompress.params.base import load_section
+from kvcompress.core.errors import KVCompressError
+from kvcompress.core.params import load_section
 from kvcompress.params.machine import MachineParams
 
 

@@ -6,15 +6,15 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.statistics import load_statistics, require_same_model
-from kvcompress.artifacts import write_text
-from kvcompress.heads import load_classifications
+from kvcompress.core.artifacts import write_text
+from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.params import load_section
+from kvcompress.core.plan import plans_of
 from kvcompress.page.document import document
 from kvcompress.page.heads import require_same_heads
 from kvcompress.page.inputs import load_plans, load_prices, load_results
 from kvcompress.page.sections import Inputs
-from kvcompress.params.base import load_section
 from kvcompress.params.budgets import BudgetParams
-from kvcompress.plan import plans_of
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.analysis.statistics import HeadStatistics, save_statistics
-from kvcompress.artifacts import write_json
-from kvcompress.heads import HeadClassification, HeadType, ModelInfo, save_classifications
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from stages.report import main
 from tests.project import ROOT
 

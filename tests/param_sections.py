@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 import kvcompress.params
-from kvcompress.params.base import SectionParams
+from kvcompress.core.params import SectionParams
 
 for module in pkgutil.iter_modules(kvcompress.params.__path__):
     importlib.import_module(f"kvcompress.params.{module.name}")

@@ -30,7 +30,9 @@ from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cli import main as program
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.evaluation.beyond import stream
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
@@ -42,8 +44,6 @@ from kvcompress.params.collect import CollectParams
 from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.parts import of_all_heads, part_of
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, Retention
 from kvcompress.tensor_parallel import share
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

@@ -9,13 +9,13 @@ import pytest
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.statistics import compute_statistics
+from kvcompress.core.head_classes import save_classifications
 from kvcompress.evaluation.ablation import metrics, run_ablation
 from kvcompress.evaluation.ablation_data import pareto_data
 from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
 from kvcompress.facts import make_cases
-from kvcompress.heads import save_classifications
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams
 from tests.tiny import prose, tiny_model, tiny_tokenizer

@@ -7,9 +7,9 @@ from transformers import DynamicCache
 from kvcompress.cache.adaptive_layer import AdaptiveLayer, divided
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Shared
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.retention import Retention
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.retention import Retention
 from kvcompress.scores.held import Held
 from kvcompress.scores.snapkv import SnapKV
 from kvcompress.scores.table import SCORES

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.artifacts import atomic_path, read_json, read_tensors, write_json, write_text
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import atomic_path, read_json, read_tensors, write_json, write_text
+from kvcompress.core.errors import InputError
 
 # The file size limit makes the operating system itself refuse, as a full disk does.
 REFUSED = """
 import resource, signal, sys, torch
 sys.path.insert(0, {pipeline!r})
-from kvcompress.artifacts import write_json, write_tensors
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import write_json, write_tensors
+from kvcompress.core.errors import InputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 tensors = {{"a": torch.zeros(9999)}}

@@ -12,15 +12,15 @@ from transformers import DynamicCache, LlamaConfig
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.storage import allocated_slots
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL as FULL_HEAD
+from kvcompress.core.retention import PRUNED, Retention
 from kvcompress.evaluation import timing
 from kvcompress.evaluation.benchmark import Record, run_benchmark, samples_of
 from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
 from kvcompress.evaluation.entrants import Entrant, baseline, entrants_for, head_aware
 from kvcompress.params.benchmark import BASELINES, FULL, BenchmarkParams
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL as FULL_HEAD
-from kvcompress.retention import PRUNED, Retention
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 

@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 from kvcompress.evaluation.benchmark_plots import growth_columns, method_data
 from kvcompress.evaluation.benchmark_report import GROWTH, QUALITY, SPEED, report, terminal
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
-from kvcompress.heads import HeadClassification, HeadType, save_classifications
 from kvcompress.params.benchmark import BASELINES, METHODS, BenchmarkParams
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention
 from stages import benchmark, plot_benchmark
 from tests.project import copy_project, stage_here
 from tests.tiny import tiny_model

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvcompress.cache.storage import allocated_slots
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
 from tests.cache_tools import (
     FAMILIES,
     LAYERS,

@@ -9,7 +9,7 @@ from kvcompress.cache import reading
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.retention import FULL, Retention
 from tests.cache_tools import (
     FAMILIES,
     PLANS,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kvcompress.errors import CacheUseError
+from kvcompress.core.errors import CacheUseError
 from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
 
 

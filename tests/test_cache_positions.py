@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
-from kvcompress.retention import FULL, PRUNED, Retention
+from kvcompress.core.retention import FULL, PRUNED, Retention
 
 bounded = st.builds(Retention, st.integers(0, 6), st.integers(1, 12), st.just(0), st.just(""))
 heads = st.lists(st.one_of(bounded, st.just(FULL), st.just(PRUNED)), min_size=1, max_size=4)

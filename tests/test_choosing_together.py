@@ -7,7 +7,7 @@ from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import Shared
-from kvcompress.retention import Retention
+from kvcompress.core.retention import Retention
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.reference.recorded import recorded_choices

@@ -8,7 +8,13 @@ import pytest
 from kvcompress.analysis.classification import classify_first_pass, classify_heads, classify_refined
 from kvcompress.analysis.report import class_metrics, validation_report
 from kvcompress.analysis.statistics import HeadStatistics, load_statistics
-from kvcompress.heads import HeadClassification, HeadType, ModelInfo, load_classifications, save_classifications
+from kvcompress.core.head_classes import (
+    HeadClassification,
+    HeadType,
+    ModelInfo,
+    load_classifications,
+    save_classifications,
+)
 from kvcompress.params.analysis import ThresholdParams, WindowParams
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared/reference/pythia-2.8b"

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from kvcompress.cli.main import app
 from kvcompress.cli.plan import unpriced
-from kvcompress.errors import KVCompressError
+from kvcompress.core.errors import KVCompressError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.params.benchmark import BASELINES
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_PRICES, Planner
-from kvcompress.retention import FULL, Retention
 from tests.project import ROOT
 from tests.tiny import prose, save_tiny, tiny_model
 

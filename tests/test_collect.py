@@ -12,8 +12,8 @@ from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import MASKED, NAME, observing, require_observable
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
-from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.heads import HeadType
+from kvcompress.core.errors import InputError, UnsupportedModelError
+from kvcompress.core.head_classes import HeadType
 from kvcompress.models import model_shape
 from kvcompress.params.analysis import StatisticsParams
 from tests.reference.slow_reference import attention_maps, slow_statistics

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from benchmarks import collect_cost
 from benchmarks.collect_cost import WAYS
-from kvcompress.artifacts import read_json
+from kvcompress.core.artifacts import read_json
 from tests.tiny import save_tiny
 
 

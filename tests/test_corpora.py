@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from kvcompress.core.errors import InputError
 from kvcompress.corpora import (
     cut_at,
     documents,
@@ -15,7 +16,6 @@ from kvcompress.corpora import (
     require_disjoint,
     stdlib_topics,
 )
-from kvcompress.errors import InputError
 from kvcompress.params.corpus import CorpusParams
 from tests.tiny import prose, tiny_tokenizer
 

@@ -6,10 +6,10 @@ from dataclasses import fields
 from kvcompress.analysis.classification import classify_first_pass, classify_refined
 from kvcompress.analysis.statistics import REGIONS, HeadStatistics
 from kvcompress.cache.choices import Choosing
-from kvcompress.heads import HeadType
-from kvcompress.params.base import SECTIONS
+from kvcompress.core.head_classes import HeadType
+from kvcompress.core.params import SECTIONS
+from kvcompress.core.retention import Strategy
 from kvcompress.planning.policies import POLICIES
-from kvcompress.retention import Strategy
 from kvcompress.scores.table import SCORES, make_score
 from tests.project import ROOT
 

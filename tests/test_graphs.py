@@ -10,7 +10,7 @@ import torch
 from transformers import StaticCache
 
 from kvcompress.cache import fused
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods import StreamingLLMCompressor
 from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens

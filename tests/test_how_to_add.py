@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvcompress.artifacts import read_json
 from kvcompress.cli.main import app as kvcompress
+from kvcompress.core.artifacts import read_json
 from tests.project import ROOT, copy_project, run
 from tests.tiny import prose
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning import make_plan
 from kvcompress.planning.budget import Budget
 from tests.tiny import prose, tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 import kvcompress
 from kvcompress.cache.attention import attached
-from kvcompress.retention import FULL
+from kvcompress.core.retention import FULL
 from tests.cache_tools import compressor_for, feed, model_of, tokens
 from tests.reference.oracle import judged
 

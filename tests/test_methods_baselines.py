@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.retention import Retention
 from kvcompress.methods import (
     FixSizeL2Compressor,
     L2Compressor,
@@ -17,7 +18,6 @@ from kvcompress.methods import (
     recent_only,
     streaming_llm,
 )
-from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 from tests.reference.oracle import judged
 

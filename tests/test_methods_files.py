@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention
 
 
 def plan_file(tmp_path, edit):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from kvcompress.cache.shape import ModelShape
-from kvcompress.heads import HeadClassification, HeadType, save_classifications
+from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, Retention
 from tests.cache_tools import model_of
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/reference/pythia-2.8b/refined_classifications.json"

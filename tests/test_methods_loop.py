@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor, head_aware_compress
-from kvcompress.retention import Retention
 from tests.cache_tools import FAMILIES, PLANS, compressor_for, feed, inputs_for, model_of, padded, tokens
 
 NEW = 12

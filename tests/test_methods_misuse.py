@@ -13,10 +13,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor, head_aware_compress
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention
 from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
 
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.methods import StreamingLLMCompressor, streaming_llm
 from tests.cache_tools import feed, model_of, padded, tokens
 

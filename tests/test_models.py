@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextConfig, T5Config
 
-from kvcompress import packages
 from kvcompress.analysis.observe import require_observable
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core import packages
+from kvcompress.core.errors import InputError, UnsupportedModelError
+from kvcompress.core.packages import fetch_packaged_file, read_member
 from kvcompress.models import load_folder, load_model, model_shape, resolve_device, resolve_model
-from kvcompress.packages import fetch_packaged_file, read_member
 from kvcompress.params.model import HubModel, LocalModel, ModelParams, PackagedFile, PackagedModel
 from tests.tiny import save_tiny, tiny_model
 

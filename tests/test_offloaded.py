@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import offload_check
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.artifacts import read_json
+from kvcompress.core.artifacts import read_json
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
@@ -20,8 +22,6 @@ from kvcompress.methods import HeadAwareCompressor, L2Compressor
 from kvcompress.models import input_device, load_folder
 from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
 from tests.tiny import prose, save_tiny, tiny_tokenizer
 
 PLAN = RetentionPlan(((FULL, Retention(2, 30)), (Retention(2, 60), Retention(2, 62))), 4)

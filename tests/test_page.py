@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.artifacts import write_json
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError
 from kvcompress.evaluation.ablation_data import pareto_data
 from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.page.chart import marker

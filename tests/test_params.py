@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import SECTIONS, load_section
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
-from kvcompress.params.base import SECTIONS, load_section
 from kvcompress.params.collect import CollectParams
 from kvcompress.params.corpus import CorpusParams
 from kvcompress.params.machine import MachineParams

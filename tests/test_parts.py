@@ -12,7 +12,7 @@ from transformers import GPT2Config, Phi3Config
 
 from kvcompress import ranks
 from kvcompress.cli.main import app
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.models import load_folder

@@ -11,12 +11,12 @@ from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import load_statistics
 from kvcompress.cache.choices import evidence_slots
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
-from kvcompress.heads import load_classifications
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
 from tests.project import copy_project, stage_here
 from tests.tiny import CONFIGS
 

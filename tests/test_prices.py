@@ -10,8 +10,8 @@ from kvcompress.analysis.listen import listening
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.analysis.window_changes import window_changes
-from kvcompress.errors import UnsupportedModelError
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.errors import UnsupportedModelError
+from kvcompress.core.retention import FULL, Retention
 from tests.reference.oracle import judged
 from tests.tiny import tiny_model
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 import yaml
 
 from kvcompress import ranks
-from kvcompress.artifacts import read_json, read_tensors
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_json, read_tensors
+from kvcompress.core.errors import InputError
 from tests.project import ROOT, copy_project, run, stage_here
 from tests.ranks_program import LENGTHS, of_different_length
 

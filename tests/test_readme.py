@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from tests.project import ROOT
 from tools.update_docs import MARKED, PAGES, current
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import benchmarks.decode_cost as decode_cost
 from kvcompress.cli.main import app as kvcompress
-from kvcompress.heads import HeadClassification, HeadType, save_classifications
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from stages import ablate, benchmark, collect_attention, compute_stats, prepare, reclassify
 from tests.project import ROOT, copy_project
 from tests.readme_blocks import alternatives, commands, python_blocks

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvcompress.artifacts import read_json
+from kvcompress.core.artifacts import read_json
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.corpora import documents, load_texts
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
 from tests.project import ROOT
 from tests.reference.oracle import judged
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress.errors import InputError
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import (
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import (
     FULL,
     PRUNED,
     HeadCompressionConfig,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
 from kvcompress.facts import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor

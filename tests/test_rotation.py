@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import UnsupportedModelError
-from kvcompress.retention import Retention
+from kvcompress.core.errors import UnsupportedModelError
+from kvcompress.core.retention import Retention
 from tests.cache_tools import tokens
 from tests.select_tools import furthest, uniform
 

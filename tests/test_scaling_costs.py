@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import long_document_cost, scaling_cost, scaling_run
-from kvcompress.artifacts import read_json
+from kvcompress.core.artifacts import read_json
 from tests.tiny import save_tiny
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.scores.choosing import best
 from kvcompress.scores.table import make_score
 from tests.held_keys import prompt, with_stays

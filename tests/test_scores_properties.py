@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress.analysis.listen import listening
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.scores.attention import received
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.held import Held

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.evaluation.scoring import Score, full_log_probs, score_contenders, score_document
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, Retention
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, tiny_model
 

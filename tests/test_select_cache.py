@@ -9,10 +9,10 @@ from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.storage import Block, allocated_slots
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.methods.compressor import UniformCompressor
-from kvcompress.retention import Retention
 from kvcompress.scores.snapkv import SnapKV
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens

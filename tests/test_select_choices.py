@@ -12,7 +12,7 @@ from kvcompress.cache.choices import Choosing, of_head
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.rotation import Rotation
-from kvcompress.retention import Retention
+from kvcompress.core.retention import Retention
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 from kvcompress.scores.table import SCORES, make_score

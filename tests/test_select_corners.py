@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcompress.cache.choices import Choosing
-from kvcompress.retention import Retention
+from kvcompress.core.retention import Retention
 from kvcompress.scores.table import SCORES
 from tests.cache_tools import model_of, padded, tokens
 from tests.select_tools import furthest, select_compressor, select_layers

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.select_cost import WINDOW, app
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 from tools.cost_tables import choosing
 
 

@@ -2,6 +2,9 @@
 
 import torch
 
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL as FULL_HEAD
+from kvcompress.core.retention import Retention
 from kvcompress.evaluation.benchmark import run_benchmark
 from kvcompress.evaluation.benchmark_rows import CHOOSES_ON_READING, benchmark_rows
 from kvcompress.evaluation.entrants import Entrant, head_aware
@@ -10,9 +13,6 @@ from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.facts import Case
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.params.benchmark import FULL, BenchmarkParams
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL as FULL_HEAD
-from kvcompress.retention import Retention
 from tests.cache_tools import model_of, tokens
 
 KINDS = Retention(2, 10, 20, "snapkv"), Retention(2, 30), Retention(0, 9, 9, "expected_attention"), FULL_HEAD

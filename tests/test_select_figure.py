@@ -9,8 +9,8 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks.select_figure import draw, main
-from kvcompress.artifacts import read_json
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_json
+from kvcompress.core.errors import InputError
 from tests.project import ROOT
 
 REPORTS = sorted((ROOT / "reports/devices/nvidia-h100").glob("select_quality-*.json"))

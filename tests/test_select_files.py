@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from kvcompress.analysis.report import retention_word
 from kvcompress.cache.choices import Choosing
 from kvcompress.cli.main import app
-from kvcompress.errors import InputError
-from kvcompress.heads import HeadClassification, HeadType, load_classifications, save_classifications
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import HeadClassification, HeadType, load_classifications, save_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, PRUNED, HeadCompressionConfig, Retention, intersection, union
 from kvcompress.methods import HeadAwareCompressor, head_aware_compress
 from kvcompress.page.heads import slots_text
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, HeadCompressionConfig, Retention, intersection, union
 from tests.cache_tools import feed, model_of, tokens
 from tests.project import ROOT
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from kvcompress.cache.choices import Choosing, evidence_slots
+from kvcompress.core.retention import FULL, Retention, require_possible
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import NEVER, ChoosingPricing
 from kvcompress.planning.policies import Planner
 from kvcompress.planning.pricing import numbers
 from kvcompress.planning.shapes import flat
-from kvcompress.retention import FULL, Retention, require_possible
 from tests.test_policies import CONTEXT, KV_HEADS, LAYERS, WINDOWS, sensitivity
 
 

@@ -15,7 +15,9 @@ from benchmarks.select_contenders import select_contenders
 from benchmarks.select_quality import app
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.evaluation.ablation import run_ablation
 from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders
 from kvcompress.evaluation.retrieval import retrieve
@@ -24,8 +26,6 @@ from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, PRUNED, Retention
 from kvcompress.scores.table import SCORES
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

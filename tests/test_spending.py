@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.spending import hull, pieces, spend
 

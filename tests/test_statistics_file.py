@@ -17,9 +17,9 @@ from kvcompress.analysis.statistics import (
     require_same_model,
     save_statistics,
 )
-from kvcompress.artifacts import write_tensors
-from kvcompress.errors import InputError
-from kvcompress.heads import load_classifications
+from kvcompress.core.artifacts import write_tensors
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.params.analysis import StatisticsParams
 from tests.tiny import tiny_model
 

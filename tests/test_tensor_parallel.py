@@ -20,8 +20,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from kvcompress.artifacts import read_json, read_tensors
 from kvcompress.cli.main import app
+from kvcompress.core.artifacts import read_json, read_tensors
 from tests.parts_program import CHOSEN, CONFIGS, REFUSED, WINDOWS, cached, measured, opened, save_wide
 from tests.project import ROOT, copy_project, run, stage_here
 

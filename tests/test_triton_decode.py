@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernel_cost import Layer, Shape
 from kvcompress.cache import decode, fused
 from kvcompress.cache.decode import Part, Tuning, can_decode, table_of
-from kvcompress.retention import Retention
+from kvcompress.core.retention import Retention
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 from tests.triton_tools import (
     CUDA,

@@ -12,8 +12,8 @@ import tempfile
 import venv
 from pathlib import Path
 
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from tests.project import ROOT
 from tests.readme_blocks import python_blocks
 from tests.tiny import prose, save_tiny

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.select_quality import table as select_table
-from kvcompress.artifacts import read_json, read_text, write_text
-from kvcompress.errors import InputError, said_in_a_sentence
+from kvcompress.core.artifacts import read_json, read_text, write_text
+from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
 from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
 from tools.cost_tables import batch, choosing, kernel, prefill, steps

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.artifacts import read_text, replaced_folder, write_json, write_text
-from kvcompress.errors import InputError
-from kvcompress.packages import fetch_packaged_file
+from kvcompress.core.artifacts import read_text, replaced_folder, write_json, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.packages import fetch_packaged_file
 from kvcompress.params.corpus import CorpusParams, DatasetText, TextParams
 
 Split = Literal["calibration", "evaluation"]

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from kvcompress.core.errors import InputError
 from kvcompress.corpora import leading_tokens
-from kvcompress.errors import InputError
 
 Task = Literal["passkey", "needle", "lookup"]
 Use = Literal["calibration", "evaluation"]

@@ -26,7 +26,7 @@ from transformers.cache_utils import StaticCache
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.standing import Standing, StandingCache, StandingDense
-from kvcompress.errors import CacheUseError, InputError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.parts import part_of
 
 

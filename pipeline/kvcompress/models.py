@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from kvcompress import ranks
-from kvcompress.artifacts import replaced_folder
 from kvcompress.cache.shape import ModelShape as CacheShape
-from kvcompress.errors import InputError, UnsupportedModelError
-from kvcompress.packages import fetch_packaged_file
+from kvcompress.core.artifacts import replaced_folder
+from kvcompress.core.errors import InputError, UnsupportedModelError
+from kvcompress.core.packages import fetch_packaged_file
 from kvcompress.params.model import HubModel, LocalModel, ModelParams
 from kvcompress.tensor_parallel import share, split_options
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import ranks
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from kvcompress.errors import InputError, KVCompressError
+from kvcompress.core.errors import InputError, KVCompressError
 
 MEETING = timedelta(seconds=120)  # until all processes have found each other
 WAITING = timedelta(days=7)  # for the slowest process's documents; one that died is noticed by torchrun, at once

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.parts import part_of
 
 # What some models' attention does beside softmax(QK)V: a learned sink, a learned bias by distance.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import ranks
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.params.model import ModelParams
 
 # What plans call the projection that makes keys, alone or, head by head, with queries and values.

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.cache.choices import Choice, Choices, of_head
-from kvcompress.errors import CacheUseError, InputError
+from kvcompress.core.errors import CacheUseError, InputError
+from kvcompress.core.retention import Retention
 from kvcompress.parts import part_of
-from kvcompress.retention import Retention
 from kvcompress.switching import use_attention
 
 NAME = "kvcompress_oracle"

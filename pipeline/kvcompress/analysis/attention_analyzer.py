@@ -21,13 +21,13 @@ from kvcompress.analysis.classification import (
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.report import analysis_summary
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics, describe_measure, save_statistics
-from kvcompress.artifacts import write_text
+from kvcompress.core.artifacts import write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
+from kvcompress.core.params import override
 from kvcompress.corpora import leading_tokens
-from kvcompress.errors import InputError
-from kvcompress.heads import HeadClassification, HeadType, ModelInfo, save_classifications
 from kvcompress.models import model_shape
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
-from kvcompress.params.base import override
 
 __all__ = [
     "HIGH_ENTROPY_THRESHOLD",

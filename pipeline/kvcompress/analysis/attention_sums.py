@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.artifacts import read_tensors, write_tensors
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_tensors, write_tensors
+from kvcompress.core.errors import InputError
 
 SINK_POSITIONS = 64  # the weight on each of the first keys; bounds statistics.sink_size
 EARLY_QUERIES = 128  # the first queries, kept singly: where sinks and a local window of up to 64 keys overlap

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompress.analysis.window_changes import Sums
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models import model_shape
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.choosing import best

@@ -1,6 +1,6 @@
 """How the classes of heads look in every figure and on the report page."""
 
-from kvcompress.heads import HeadType
+from kvcompress.core.head_classes import HeadType
 
 # class -> (colour, marker), in the order of every legend; Okabe and Ito's colours, which colour-blind readers can tell apart
 STYLE: dict[HeadType, tuple[str, str]] = {

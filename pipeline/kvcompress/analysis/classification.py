@@ -8,9 +8,9 @@ reproduce. A class describes a head; it does not price it.
 from collections.abc import Sequence
 
 from kvcompress.analysis.statistics import HeadStatistics
-from kvcompress.heads import HeadClassification, HeadType
+from kvcompress.core.head_classes import HeadClassification, HeadType
+from kvcompress.core.retention import UNBOUNDED, Strategy
 from kvcompress.params.analysis import ThresholdParams, WindowParams
-from kvcompress.retention import UNBOUNDED, Strategy
 
 LOW_ENTROPY_THRESHOLD = 1.5  # nats; below: candidate for a positional head
 HIGH_ENTROPY_THRESHOLD = 3.0  # nats; from here: gathering

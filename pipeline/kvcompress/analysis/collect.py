@@ -13,7 +13,7 @@ from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums
 from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import AttentionObserver, observing, require_observable
 from kvcompress.analysis.precision import precise_enough
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.models import input_device
 from kvcompress.params.collect import CollectParams
 from kvcompress.parts import of_all_heads, part_of

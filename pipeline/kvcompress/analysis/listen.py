@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress_listen"

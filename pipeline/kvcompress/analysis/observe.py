@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models import ModelShape, input_device, model_shape
 from kvcompress.parts import Part, part_of
 from kvcompress.switching import LEARNED_TERMS, refuse_terms, use_attention

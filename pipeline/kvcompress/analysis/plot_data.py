@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 from kvcompress.analysis.statistics import HeadStatistics
-from kvcompress.artifacts import write_json
-from kvcompress.heads import HeadClassification
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.head_classes import HeadClassification
 
 
 def save_plot_data(

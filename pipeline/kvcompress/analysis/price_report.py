@@ -10,7 +10,7 @@ from kvcompress.analysis.price_data import near_window
 from kvcompress.analysis.report import REFINED, RULE, model_lines, section
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.analysis.statistics import StatisticsFile
-from kvcompress.heads import HeadClassification
+from kvcompress.core.head_classes import HeadClassification
 
 SHOWN = 10  # dearest heads
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 
 from kvcompress.analysis.statistics import REGIONS, HeadStatistics
-from kvcompress.heads import HeadClassification, HeadType, ModelInfo
-from kvcompress.retention import STRATEGIES, Retention, join_query_heads
+from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
+from kvcompress.core.retention import STRATEGIES, Retention, join_query_heads
 
 RULE, LINE = "=" * 80, "-" * 40
 REFINED = (

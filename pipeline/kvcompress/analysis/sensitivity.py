@@ -23,9 +23,9 @@ from kvcompress.analysis.joint_price import joint_prices
 from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
-from kvcompress.artifacts import read_tensors, write_tensors
+from kvcompress.core.artifacts import read_tensors, write_tensors
+from kvcompress.core.errors import InputError
 from kvcompress.corpora import documents_of_all
-from kvcompress.errors import InputError
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.parts import of_all_heads, part_of
 

@@ -14,11 +14,11 @@ from pydantic.dataclasses import dataclass
 
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.precision import standard_errors
-from kvcompress.artifacts import read_model, write_json
-from kvcompress.errors import InputError
-from kvcompress.heads import ClassificationFile, ModelInfo
+from kvcompress.core.artifacts import read_model, write_json
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import ClassificationFile, ModelInfo
+from kvcompress.core.retention import require_each_once
 from kvcompress.params.analysis import StatisticsParams
-from kvcompress.retention import require_each_once
 
 NEAR = 64  # distances in relative_position_dist
 TAIL_EDGES = (64, 128, 256, 512, 1024)  # relative_position_tail: [64, 128), [128, 256) ... [1024, end)

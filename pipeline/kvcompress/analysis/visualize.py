@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.class_style import LABELS, STYLE
 from kvcompress.analysis.statistics import TAIL_EDGES, HeadStatistics
-from kvcompress.artifacts import atomic_path
-from kvcompress.heads import HeadClassification, HeadType, ModelInfo
+from kvcompress.core.artifacts import atomic_path
+from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
 from kvcompress.params.analysis import ThresholdParams
 
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}

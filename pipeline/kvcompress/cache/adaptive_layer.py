@@ -14,8 +14,8 @@ from torch import Tensor
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.choosing_prompt import Prompt
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.errors import CacheUseError
-from kvcompress.retention import Retention
+from kvcompress.core.errors import CacheUseError
+from kvcompress.core.retention import Retention
 from kvcompress.scores.choosing import ranking
 
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.cache.padding import MaskLength
 from kvcompress.cache.pending import Pending
-from kvcompress.errors import CacheUseError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress"

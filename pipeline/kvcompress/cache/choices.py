@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import InputError
-from kvcompress.plan import RetentionPlan
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.scores.score import Score, require_at_least
 from kvcompress.scores.table import make_score
 

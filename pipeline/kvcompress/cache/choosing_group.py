@@ -17,8 +17,8 @@ from kvcompress.cache.exchange import Evidence, Exchange, Known
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter, storage_bytes
-from kvcompress.errors import CacheUseError
-from kvcompress.retention import Retention
+from kvcompress.core.errors import CacheUseError
+from kvcompress.core.retention import Retention
 from kvcompress.scores.choosing import best, first, ranking
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received

@@ -21,8 +21,8 @@ from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.reading import Reading, read
 from kvcompress.cache.recent_queries import RecentQueries
 from kvcompress.cache.storage import storage_bytes
-from kvcompress.errors import CacheUseError, UnsupportedModelError
-from kvcompress.retention import Retention
+from kvcompress.core.errors import CacheUseError, UnsupportedModelError
+from kvcompress.core.retention import Retention
 
 
 class ChoosingLayer(RaggedLayer):

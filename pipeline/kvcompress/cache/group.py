@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Block, Meter, allocated_slots, storage_bytes
-from kvcompress.errors import CacheUseError
-from kvcompress.retention import Retention
+from kvcompress.core.errors import CacheUseError
+from kvcompress.core.retention import Retention
 
 RECORDED = 512  # columns that can be taken back at most: decoding that goes on without a crop must not grow
 

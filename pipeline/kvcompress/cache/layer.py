@@ -25,7 +25,7 @@ from kvcompress.cache.pending import Pending
 from kvcompress.cache.reading import Reading
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.storage import Meter
-from kvcompress.errors import CacheUseError, InputError
+from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.parts import WHOLE, Part
 
 Prefill = Literal["exact", "streaming"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kvcompress.errors import CacheUseError
+from kvcompress.core.errors import CacheUseError
 
 
 class Padding:

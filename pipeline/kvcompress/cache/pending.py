@@ -8,7 +8,7 @@ and because nothing is stored before the attention has read the note, the cache 
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvcompress.errors import CacheUseError
+from kvcompress.core.errors import CacheUseError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ from kvcompress.cache.fused import Heads
 from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.reading import Reading, attend_all, read
-from kvcompress.errors import CacheUseError
-from kvcompress.retention import FULL, Retention
+from kvcompress.core.errors import CacheUseError
+from kvcompress.core.retention import FULL, Retention
 
 # Which KV heads of a layer: a slice where they are neighbours, so that taking them copies nothing.
 Index = slice | Tensor

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.errors import CacheUseError
+from kvcompress.core.errors import CacheUseError
 
 
 class RaggedCache(Cache):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.core.errors import UnsupportedModelError
 
 # Model types whose keys reach the cache rotated in the half-split layout; others interleave or do not rotate.
 HALF_SPLIT = frozenset(("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "stablelm"))

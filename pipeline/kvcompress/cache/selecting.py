@@ -12,8 +12,8 @@ from kvcompress.cache.group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.reading import Reading, attend_all, read
 from kvcompress.cache.storage import LARGEST_STEP
-from kvcompress.errors import CacheUseError, UnsupportedModelError
-from kvcompress.retention import FULL
+from kvcompress.core.errors import CacheUseError, UnsupportedModelError
+from kvcompress.core.retention import FULL
 
 # Keys held `[batch, kv_head, slot, head_dim]` -> the slots that stay, ascending `[batch, kv_head, kept]`; None for all.
 Chooser = Callable[[Tensor], Tensor | None]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcompress.errors import CacheUseError, UnsupportedModelError
+from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 

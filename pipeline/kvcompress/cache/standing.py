@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from kvcompress.cache.fused import Desk
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.reading import Reading, sees_all
-from kvcompress.errors import CacheUseError
+from kvcompress.core.errors import CacheUseError
 
 FOREVER = 2**31  # a column that no text reaches
 

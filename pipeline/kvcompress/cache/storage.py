@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kvcompress.retention import Retention
+from kvcompress.core.retention import Retention
 
 SMALLEST_STEP, LARGEST_STEP = 16, 256
 

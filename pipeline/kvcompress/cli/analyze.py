@@ -50,10 +50,10 @@ def analyze(
     from kvcompress.analysis.collect import collect_attention
     from kvcompress.analysis.report import validation_report
     from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
-    from kvcompress.artifacts import write_text
     from kvcompress.cli.head_map import class_map
+    from kvcompress.core.artifacts import write_text
+    from kvcompress.core.head_classes import ClassificationFile, save_classifications
     from kvcompress.corpora import documents_of_all
-    from kvcompress.heads import ClassificationFile, save_classifications
     from kvcompress.params.analysis import StatisticsParams
 
     loaded, tokenizer, record = open_model(params)

@@ -19,7 +19,7 @@ from kvcompress.cli.common import (
     print_json,
     read_texts,
 )
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.params.benchmark import BASELINES, HEAD_AWARE, METHODS
 
 
@@ -79,13 +79,13 @@ def benchmark(
 
     from rich.console import Console
 
-    from kvcompress.artifacts import write_json
+    from kvcompress.core.artifacts import write_json
+    from kvcompress.core.params import override
+    from kvcompress.core.plan import RetentionPlan
     from kvcompress.evaluation.benchmark_report import show
     from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
     from kvcompress.evaluation.entrants import entrants_for, require_known
-    from kvcompress.params.base import override
     from kvcompress.params.benchmark import BenchmarkParams
-    from kvcompress.plan import RetentionPlan
 
     require_known(methods)
     amounts = {"num_samples": num_samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "share": share}

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.artifacts import read_text
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_text
+from kvcompress.core.errors import InputError
 from kvcompress.params.model import ModelParams, source_of
 
 if TYPE_CHECKING:  # slow imports; help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvcompress.core.plan import RetentionPlan
     from kvcompress.models import ModelRecord
-    from kvcompress.plan import RetentionPlan
 
 Model = Annotated[str, typer.Argument(help="A model folder (safetensors), or a name on the Hugging Face hub.")]
 Texts = Annotated[

@@ -73,11 +73,11 @@ def evaluate(
     from rich.console import Console
 
     from kvcompress import ranks
-    from kvcompress.artifacts import write_json
+    from kvcompress.core.artifacts import write_json
+    from kvcompress.core.plan import RetentionPlan
     from kvcompress.evaluation.ablation import compare
     from kvcompress.evaluation.contenders import plan_contenders
     from kvcompress.params.ablation import ComparePlansParams
-    from kvcompress.plan import RetentionPlan
 
     loaded, tokenizer, record = open_model(params)
     settings = ComparePlansParams(

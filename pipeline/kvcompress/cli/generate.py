@@ -21,7 +21,7 @@ from kvcompress.cli.common import (
     print_json,
     warn_of,
 )
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,11 +70,11 @@ def generate(
     from transformers import TextStreamer
 
     from kvcompress import ranks
-    from kvcompress.artifacts import read_text
+    from kvcompress.core.artifacts import read_text
+    from kvcompress.core.plan import RetentionPlan
     from kvcompress.methods import HeadAwareCompressor
     from kvcompress.models import input_device
     from kvcompress.parts import over_parts, part_of
-    from kvcompress.plan import RetentionPlan
 
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():

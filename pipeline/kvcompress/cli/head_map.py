@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kvcompress.analysis.class_style import LETTERS
-from kvcompress.heads import ClassificationFile, HeadType
-from kvcompress.plan import RetentionPlan
+from kvcompress.core.head_classes import ClassificationFile, HeadType
+from kvcompress.core.plan import RetentionPlan
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, as bright as a dark terminal needs
 COLOURS = {

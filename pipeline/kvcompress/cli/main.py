@@ -11,7 +11,7 @@ from kvcompress.cli.evaluate import evaluate
 from kvcompress.cli.generate import generate
 from kvcompress.cli.plan import plan
 from kvcompress.cli.show import show
-from kvcompress.errors import said_in_a_sentence
+from kvcompress.core.errors import said_in_a_sentence
 
 app = typer.Typer(
     help="Measure what every attention head does, and keep only the KV cache it needs.",

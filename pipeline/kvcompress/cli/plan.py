@@ -21,7 +21,7 @@ from kvcompress.cli.common import (
     read_texts,
     share_of,
 )
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.params.budgets import BudgetParams
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def plan(
     from kvcompress import ranks
     from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
     from kvcompress.cli.head_map import plan_map
-    from kvcompress.params.base import override
+    from kvcompress.core.params import override
     from kvcompress.params.sensitivity import SensitivityParams
     from kvcompress.planning.make_plan import make_plan
     from kvcompress.planning.policies import WITHOUT_PRICES

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.common import AsJson, print_json
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 FIELDS = ("mean_entropy", "normalized_entropy", "sink_ratio", "local_ratio", "max_attention_mean", "induction_score")
 
@@ -24,8 +24,8 @@ def show(
 
     Example: `kvcompress show plan.json --context 8192`
     """
-    from kvcompress.artifacts import read_json
     from kvcompress.cli.head_map import class_map, number_map, plan_map
+    from kvcompress.core.artifacts import read_json
 
     if file.suffix == ".safetensors":
         show_prices(file, window, as_json)
@@ -37,7 +37,7 @@ def show(
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no classes, statistics or plan")
     if "classifications" in content:
-        from kvcompress.heads import load_classifications
+        from kvcompress.core.head_classes import load_classifications
 
         class_map(load_classifications(file))
     elif "head_statistics" in content:
@@ -50,7 +50,7 @@ def show(
         values = [getattr(head, field) or 0.0 for head in statistics.head_statistics]
         number_map([values[i : i + width] for i in range(0, len(values), width)], field)
     elif "heads" in content:
-        from kvcompress.plan import RetentionPlan
+        from kvcompress.core.plan import RetentionPlan
 
         plan_map(RetentionPlan.load(file), context)
     else:

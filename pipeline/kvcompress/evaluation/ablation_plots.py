@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvcompress.artifacts import atomic_path, write_json
+from kvcompress.core.artifacts import atomic_path, write_json
 from kvcompress.evaluation.ablation_data import JOINED, OTHER, STYLE, Rows, pareto_data, retrieval_data
 
 

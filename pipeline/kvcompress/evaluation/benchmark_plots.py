@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kvcompress.artifacts import atomic_path, write_json
+from kvcompress.core.artifacts import atomic_path, write_json
 from kvcompress.params.benchmark import FULL
 
 # Okabe and Ito's colours, and a marker each: full, uniform, plans in their order

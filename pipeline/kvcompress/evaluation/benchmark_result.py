@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.evaluation.benchmark import run_benchmark, samples_of
 from kvcompress.evaluation.benchmark_rows import benchmark_rows
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.heads import HeadType
+from kvcompress.core.head_classes import HeadType
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import ModelShape, model_shape
 from kvcompress.params.ablation import AblationParams
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
-from kvcompress.retention import FULL, Retention
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvcompress.cache.choices import evidence_slots
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
 from kvcompress.params.benchmark import FULL, BenchmarkParams
-from kvcompress.plan import RetentionPlan
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

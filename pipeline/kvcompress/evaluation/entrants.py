@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods.compressor import Compressor
 from kvcompress.methods.fix_size_l2 import FixSizeL2Compressor
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
@@ -14,7 +15,6 @@ from kvcompress.methods.recent_only import RecentOnlyCompressor
 from kvcompress.methods.streaming_llm import StreamingLLMCompressor
 from kvcompress.models import model_shape
 from kvcompress.params.benchmark import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning.shapes import class_table_plan
 
 SKIPPED = (0, 1)  # layers that the L2 methods leave full

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import ranks
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.models import input_device
 from kvcompress.parts import over_parts, part_of

@@ -27,9 +27,9 @@ from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import CacheUseError, InputError
+from kvcompress.core.errors import CacheUseError, InputError
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.parts import part_of
-from kvcompress.retention import FULL, Retention
 
 Positions = Literal["original", "cache"]
 

@@ -16,11 +16,18 @@ from transformers.cache_utils import Cache
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import InputError
-from kvcompress.heads import load_classifications
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import (
+    JOINS,
+    UNBOUNDED,
+    HeadCompressionConfig,
+    Retention,
+    join_query_heads,
+    require_possible,
+)
 from kvcompress.methods.compressor import PlanCompressor
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import JOINS, UNBOUNDED, HeadCompressionConfig, Retention, join_query_heads, require_possible
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from transformers.cache_utils import Cache
 
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.core.retention import Retention
 from kvcompress.methods.compressor import UniformCompressor, require_count
-from kvcompress.retention import Retention
 
 
 class RecentOnlyCompressor(UniformCompressor):

@@ -8,9 +8,9 @@ from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.selecting import Chooser, SelectingLayer
 from kvcompress.cache.shape import ModelShape
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
+from kvcompress.core.retention import FULL
 from kvcompress.methods.compressor import Compressor
-from kvcompress.retention import FULL
 
 
 class SelectingCompressor(Compressor):

@@ -10,8 +10,8 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.core.retention import Retention
 from kvcompress.methods.compressor import Positions, UniformCompressor, require_count
-from kvcompress.retention import Retention
 
 
 class StreamingLLMCompressor(UniformCompressor):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvcompress.artifacts import read_text
+from kvcompress.core.artifacts import read_text
 from kvcompress.page.markup import Html, joined, tag
 from kvcompress.page.sections import Inputs, sections
 

@@ -7,7 +7,7 @@ A cell knows nothing but its place; what is said about its head stands once, in 
 from collections.abc import Callable, Sequence
 
 from kvcompress.analysis.class_style import LABELS, LETTERS, STYLE
-from kvcompress.heads import HeadType
+from kvcompress.core.head_classes import HeadType
 from kvcompress.page.heads import Grid
 from kvcompress.page.markup import Html, joined, tag
 from kvcompress.page.scale import Scale, cividis, ink_on

@@ -5,10 +5,10 @@ from typing import Any
 
 from kvcompress.analysis.class_style import LABELS
 from kvcompress.analysis.statistics import HeadStatistics
-from kvcompress.errors import InputError
-from kvcompress.heads import HeadClassification
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention
 
 Grid = list[list[float]]  # [layer][head]
 Plans = Mapping[str, RetentionPlan]  # budget -> plan

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from kvcompress.artifacts import read_json
-from kvcompress.errors import InputError
-from kvcompress.plan import RetentionPlan
+from kvcompress.core.artifacts import read_json
+from kvcompress.core.errors import InputError
+from kvcompress.core.plan import RetentionPlan
 
 POLICY = "priced"
 PRICE_FIELDS = {"layer", "kv_head", "price", "facts", "sinks", "window"}

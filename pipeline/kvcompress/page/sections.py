@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvcompress.analysis.statistics import StatisticsFile
+from kvcompress.core.head_classes import HeadClassification
 from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_report import counted, origin
-from kvcompress.heads import HeadClassification
 from kvcompress.page.facts import heat_maps
 from kvcompress.page.head_map import class_map, number_map, row_id, side_by_side
 from kvcompress.page.heads import QUERY_HEADER, Plans, Prices, grid, price_header, price_table, query_rows

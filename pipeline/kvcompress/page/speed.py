@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.evaluation.ablation_data import OTHER
 from kvcompress.evaluation.ablation_report import counted
 from kvcompress.page.chart import Axis, Point, Series, chart

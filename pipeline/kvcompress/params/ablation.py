@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcompress.params.base import Count, Name, Params, SectionParams
+from kvcompress.core.params import Count, Name, Params, SectionParams
 
 
 class ScoringParams(Params):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from kvcompress.params.base import Count, SectionParams, Share
+from kvcompress.core.params import Count, SectionParams, Share
 
 
 class StatisticsParams(SectionParams):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvcompress.params.base import Count, Name, SectionParams
+from kvcompress.core.params import Count, Name, SectionParams
 
 FULL, HEAD_AWARE = "full", "head_aware"
 BASELINES = ("l2_compress", "fix_size_l2", "streaming_llm", "recent_only")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvcompress.params.base import Name, SectionParams
+from kvcompress.core.params import Name, SectionParams
 
 
 class BudgetParams(SectionParams):

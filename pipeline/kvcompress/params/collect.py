@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvcompress.params.base import Count, SectionParams
+from kvcompress.core.params import Count, SectionParams
 
 Error = Annotated[float, Field(gt=0)]
 

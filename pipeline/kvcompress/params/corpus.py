@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kvcompress.params.base import Count, Name, Params, SectionParams, Share
+from kvcompress.core.params import Count, Name, Params, SectionParams, Share
 from kvcompress.params.model import PackagedFile
 
 

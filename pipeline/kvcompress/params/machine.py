@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from kvcompress.params.base import Count, SectionParams
+from kvcompress.core.params import Count, SectionParams
 
 
 class MachineParams(SectionParams):

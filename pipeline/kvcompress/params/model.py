@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvcompress.errors import InputError
-from kvcompress.params.base import Name, Params, SectionParams
+from kvcompress.core.errors import InputError
+from kvcompress.core.params import Name, Params, SectionParams
 
 
 class PackagedFile(Params):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvcompress.params.base import SectionParams
+from kvcompress.core.params import SectionParams
 
 
 class PlotParams(SectionParams):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from kvcompress.params.base import Count, Name, SectionParams
+from kvcompress.core.params import Count, Name, SectionParams
 from kvcompress.scores.table import SCORES
 
 Windows = Annotated[list[Count], Field(min_length=1)]

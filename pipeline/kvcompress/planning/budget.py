@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WRITTEN = re.compile(r"([0-9]*\.?[0-9]+)\s*(%|tokens?|[KMG]?i?B)", re.IGNORECASE)

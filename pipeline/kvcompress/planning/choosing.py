@@ -18,9 +18,9 @@ import numpy as np
 
 from kvcompress.analysis.choice_changes import chosen_of
 from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.core.retention import Retention
 from kvcompress.planning.pricing import DISTANCES, Priced, Pricing, numbers
 from kvcompress.planning.spending import pieces, spend
-from kvcompress.retention import Retention
 from kvcompress.scores.table import make_score
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of facts, in units of the balance

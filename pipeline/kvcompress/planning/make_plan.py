@@ -6,10 +6,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
+from kvcompress.core.plan import RetentionPlan
 from kvcompress.models import model_shape
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.plan import RetentionPlan
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 

@@ -10,16 +10,16 @@ import numpy as np
 
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.cache.choices import Choosing, evidence_slots
-from kvcompress.errors import InputError
-from kvcompress.heads import load_classifications
-from kvcompress.plan import RetentionPlan
+from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import FULL, Retention
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import ChoosingPricing
 from kvcompress.planning.early import favour, is_early
 from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
 from kvcompress.planning.spending import level, scaled
-from kvcompress.retention import FULL, Retention
 
 
 @dataclass

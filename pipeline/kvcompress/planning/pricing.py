@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.planning.spending import pieces, spend
 
 DISTANCES = 64  # at which a fact is looked for, evenly over the context

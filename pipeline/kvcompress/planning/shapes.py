@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcompress.heads import ClassificationFile, HeadType, load_classifications
-from kvcompress.plan import RetentionPlan
-from kvcompress.retention import Retention, join_query_heads
+from kvcompress.core.head_classes import ClassificationFile, HeadType, load_classifications
+from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.retention import Retention, join_query_heads
 
 Layers = list[list[Retention]]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 WORST = torch.finfo(torch.float32).min
 

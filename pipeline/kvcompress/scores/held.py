@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache.rotation import Rotation
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.scores.history import Received
 
 

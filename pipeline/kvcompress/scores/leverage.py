@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.scores import launches
 from kvcompress.scores.held import Held
 from kvcompress.scores.non_causal import non_causal

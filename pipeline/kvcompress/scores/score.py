@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kvcompress.errors import InputError, UnsupportedModelError
+from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 

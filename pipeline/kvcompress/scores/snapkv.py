@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.scores.attention import received
 from kvcompress.scores.held import Held
 from kvcompress.scores.pooling import Pooling, pool

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.scores.accumulated_attention import AccumulatedAttention
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.key_diff import KeyDiff

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 from kvcompress.params.model import PackagedFile
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kvcompress.artifacts import read_model, write_text
-from kvcompress.errors import InputError
-from kvcompress.retention import HeadCompressionConfig, Retention, Strategy, require_each_once, require_possible
+from kvcompress.core.artifacts import read_model, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.core.retention import HeadCompressionConfig, Retention, Strategy, require_each_once, require_possible
 
 SCHEMA = 1
 

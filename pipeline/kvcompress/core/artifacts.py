@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from kvcompress.errors import InputError
+from kvcompress.core.errors import InputError
 
 Strategy = Literal["sink_window", "window_only", "full", "prune", "select"]
 STRATEGIES: tuple[Strategy, ...] = ("sink_window", "window_only", "full", "prune", "select")

@@ -8,8 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from kvcompress.artifacts import read_model, write_json
-from kvcompress.retention import ALIAS_SCORE, ALIASES, HeadCompressionConfig, Retention, Strategy, require_each_once
+from kvcompress.core.artifacts import read_model, write_json
+from kvcompress.core.retention import (
+    ALIAS_SCORE,
+    ALIASES,
+    HeadCompressionConfig,
+    Retention,
+    Strategy,
+    require_each_once,
+)
 
 
 class HeadType(Enum):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvcompress.artifacts import read_text, validated
-from kvcompress.errors import InputError
+from kvcompress.core.artifacts import read_text, validated
+from kvcompress.core.errors import InputError
 
 SECTIONS = (
     "machine",
