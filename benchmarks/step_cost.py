@@ -92,7 +92,6 @@ def growth_of(
     bandwidth: float,
     rounds: int,
     steps: int,
-    fused: bool,
 ) -> list[StepCost]:
     """Steps of both plans under capture wherever both caches and the weights fit into nine tenths of the device."""
     room, costs = float("inf"), []
@@ -103,7 +102,7 @@ def growth_of(
         plans = plans_of(model, context, share, full_heads)
         kept = batch * sum(kept_bytes(plan, model.config, context, model.dtype) for plan in plans.values())
         if weight_bytes(model) + kept < room:
-            costs += compare_steps((FULL, PLAN), model, plans, batch, context, bandwidth, rounds, steps, fused)
+            costs += compare_steps((FULL, PLAN), model, plans, batch, context, bandwidth, rounds, steps)
             forget(model.device)
     return costs
 
@@ -139,7 +138,7 @@ def main(
                 raise InputError(f"part is {name!r}, expected one of {', '.join(PARTS)}")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, but there is no CUDA device here")
-        result = measured(part, share, full_heads, rounds, steps, fused, torch.device(device), Sizes(tiny))
+        result = measured(part, share, full_heads, rounds, steps, torch.device(device), Sizes(tiny))
     if output is None:
         typer.echo(json.dumps(result))
     else:
@@ -152,7 +151,6 @@ def measured(
     full_heads: float,
     rounds: int,
     steps: int,
-    fused: bool,
     device: torch.device,
     sizes: Sizes,
 ) -> dict[str, Any]:
@@ -169,7 +167,6 @@ def measured(
         "copy_gb_per_s": bandwidth / 1e9,
         "share": share,
         "full_heads": full_heads,
-        "fused": fused,
     }
     if {"step", "memory"} & set(part):
         model = random_model(config_of(sizes.step_model), dtype, device)
@@ -178,7 +175,7 @@ def measured(
         if "step" in part:
             costs = []
             for names in TURNS:
-                costs += compare_steps(names, model, plans, batch, context, bandwidth, rounds, steps, fused)
+                costs += compare_steps(names, model, plans, batch, context, bandwidth, rounds, steps)
                 forget(device)
             show(sizes.step_model, costs)
             result["step"] = {"model": sizes.step_model, "costs": [asdict(cost) for cost in costs]}
@@ -196,7 +193,7 @@ def measured(
             result["batch"] = {"model": sizes.batch_model} | found
             typer.echo(f"batch: {result['batch']}", err=True)
         if "growth" in part:
-            costs = growth_of(model, sizes, share, full_heads, bandwidth, max(rounds // 2, 1), steps, fused)
+            costs = growth_of(model, sizes, share, full_heads, bandwidth, max(rounds // 2, 1), steps)
             show(sizes.batch_model, costs)
             result["growth"] = {"model": sizes.batch_model, "costs": [asdict(cost) for cost in costs]}
     return result

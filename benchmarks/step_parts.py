@@ -79,7 +79,6 @@ def contender(
     batch: int,
     context: int,
     new: int,
-    fused: bool,
 ) -> Contender:
     """One of `FULL`, `PLAN`, `STATIC`, `DYNAMIC`, `EAGER`, its cache filled so that half of the `new` steps come after
     `context` tokens."""
@@ -95,7 +94,7 @@ def contender(
         cache = occupied(own, model, batch, start, new)
         return Contender(partial(ordinary_steps, model, cache, tokens), reading, kept)
     held = occupied_static(model, batch, start, new) if name == STATIC else occupied(own, model, batch, start, new)
-    decoder = GraphedDecoder(model, held, new, fused)
+    decoder = GraphedDecoder(model, held, new)
     return Contender(partial(decoder.decode, tokens), reading, kept, decoder)
 
 
@@ -109,10 +108,8 @@ def compare_steps(
     bandwidth: float,
     rounds: int,
     steps: int,
-    fused: bool = False,
 ) -> list[StepCost]:
-    """Time the contenders in turns. `plans` has `FULL` and `PLAN`, `bandwidth` is in bytes a second; with `fused` all
-    that decode by graphs have fused parts.
+    """Time the contenders in turns. `plans` has `FULL` and `PLAN`, `bandwidth` is in bytes a second.
 
     Raises `InputError` where the appended tokens do not fit into the context, or where a step that should be captured
     on this device was not.
@@ -120,7 +117,7 @@ def compare_steps(
     new, devices = steps_needed(rounds, steps), [model.device]
     if context <= new:
         raise InputError(f"a context of {context} tokens is shorter than the {new} that are appended")
-    entrants = {n: contender(n, plans[PLAN], plans[FULL], model, batch, context, new, fused) for n in names}
+    entrants = {n: contender(n, plans[PLAN], plans[FULL], model, batch, context, new) for n in names}
     for name, entrant in entrants.items():
         with entrant.reading():
             entrant.act(FIRST)
