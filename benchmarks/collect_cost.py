@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.evaluation.timing import devices_of, timed
-from kvcompress.models import input_device, load_folder
-from kvcompress.params.model import LocalModel, ModelParams
+from kvcompress.models.load import input_device, load_folder
+from kvcompress.models.params import LocalModel, ModelParams
 
 
 def load(folder: str, device: str, dtype: str) -> PreTrainedModel:

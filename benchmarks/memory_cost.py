@@ -22,10 +22,10 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
+from kvcompress.models.architecture import ModelShape
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Argument(help="Model folder; with --random-weights a config.json is enough.")]

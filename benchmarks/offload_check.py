@@ -23,7 +23,7 @@ from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.environment import environment
 from kvcompress.methods import StreamingLLMCompressor
-from kvcompress.models import input_device, resolve_device
+from kvcompress.models.load import input_device, resolve_device
 
 TOLERANCE = 1e-4  # of weights and entropies a query; float32 rounds, and kernels may differ between places
 

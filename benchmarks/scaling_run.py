@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import typer
 
-from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.artifacts import write_json
@@ -18,9 +17,10 @@ from kvcompress.evaluation.ablation import compare
 from kvcompress.evaluation.contenders import contenders_for
 from kvcompress.evaluation.environment import environment
 from kvcompress.facts import FILLER
-from kvcompress.models import load_folder
+from kvcompress.models import distributed
+from kvcompress.models.load import load_folder
+from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.params.ablation import AblationParams
-from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
 
 TEXTS = 2
@@ -55,14 +55,14 @@ def acts(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callable[
 
 def together() -> None:
     """Wait until all processes are here."""
-    ranks.summed({"here": torch.zeros(1, dtype=torch.float64)})
+    distributed.summed({"here": torch.zeros(1, dtype=torch.float64)})
 
 
 def main(folder: Path, documents: int, tokens: int, output: Path) -> None:
     """One process of a run; the first writes the seconds of every stage to OUTPUT."""
     with said_in_a_sentence():
         begun = time.perf_counter()
-        ranks.join()
+        distributed.join()
         found, where = acts(folder, documents, tokens)
         together()
         seconds = {"loading": time.perf_counter() - begun}
@@ -72,7 +72,7 @@ def main(folder: Path, documents: int, tokens: int, output: Path) -> None:
             act()
             together()
             seconds[name] = time.perf_counter() - start
-        if ranks.leave():
+        if distributed.leave():
             write_json(output, {"seconds": seconds, "environment": where})
 
 

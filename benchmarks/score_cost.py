@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.choosing import best
 from kvcompress.scores.held import Held
 from kvcompress.scores.table import SCORES, make_score

@@ -9,7 +9,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.contenders import UNIFORM, Contender, full_cache, of_plan
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.table import SCORES

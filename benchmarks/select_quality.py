@@ -20,7 +20,6 @@ import typer
 from transformers import PreTrainedModel
 
 from benchmarks.select_contenders import policy_contenders, select_contenders
-from kvcompress import ranks
 from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Prefill
@@ -35,9 +34,10 @@ from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
 from kvcompress.facts import TASKS, Case, Task, Use, make_cases
-from kvcompress.models import ModelRecord, load_folder, locate_model
+from kvcompress.models import distributed
+from kvcompress.models.load import ModelRecord, load_folder, locate_model
+from kvcompress.models.params import ModelParams, source_of
 from kvcompress.params.budgets import BudgetParams
-from kvcompress.params.model import ModelParams, source_of
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.table import SCORES
 
@@ -176,7 +176,7 @@ def main(
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise InputError(f"{option} is {unknown[0]!r}, expected one of {', '.join(known)}")
-        ranks.join()
+        distributed.join()
         params = ModelParams.model_validate({"device": device, "dtype": dtype, **source_of(model, "main", "--model")})
         record, folder = locate_model(params)
         loaded, tokenizer = load_folder(folder, params)
@@ -230,7 +230,7 @@ def main(
         contenders = compete(context, context + continuation, continuation // 2 if growing else 0)
         asking = compete(retrieval_length, retrieval_length, 0)
         rows = select_rows(loaded, batch, cases, contenders, context, asking, prefill=prefill)
-        if not ranks.leave():  # every process has all, one writes it
+        if not distributed.leave():  # every process has all, one writes it
             return
     print(table(rows))
     if plans:

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, StaticCache
 
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.models.architecture import ModelShape
 
 
 def config_of(name: str) -> Any:

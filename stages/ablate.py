@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from kvcompress import ranks
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
@@ -14,7 +13,8 @@ from kvcompress.evaluation.ablation import compare, metrics
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.beyond import beyond_contenders, stream
 from kvcompress.evaluation.contenders import ABLATIONS, contenders_for, plan_contenders
-from kvcompress.models import load_model
+from kvcompress.models import distributed
+from kvcompress.models.load import load_model
 from kvcompress.params.ablation import AblationParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
@@ -61,7 +61,7 @@ def main(
         found = beyond_contenders(model.config, str(classes) if classes.is_file() else None, settings.sizes[-2])
         result["beyond"] = {"text": name, "context": record.max_context}
         result["beyond"]["rows"] = stream(model, tokens, found, settings.chunk_size)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     text = report([result])
     if output:

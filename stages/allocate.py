@@ -13,7 +13,7 @@ from kvcompress.core.artifacts import read_model, replaced_folder, write_json, w
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.models import ModelRecord
+from kvcompress.models.load import ModelRecord
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner

@@ -14,7 +14,7 @@ from kvcompress.evaluation.benchmark_report import show
 from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
 from kvcompress.evaluation.benchmark_rows import metrics
 from kvcompress.evaluation.entrants import entrants_for, require_known
-from kvcompress.models import load_model
+from kvcompress.models.load import load_model
 from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

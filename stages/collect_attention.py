@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.core.artifacts import read_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.corpora import documents_of_all, load_texts
-from kvcompress.models import load_model
+from kvcompress.models import distributed
+from kvcompress.models.load import load_model
 from kvcompress.params.collect import CollectParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
@@ -52,7 +52,7 @@ def main(
     batches = documents_of_all(tokenizer, texts, collect.max_tokens, collect.documents_per_text)
     turns = zip(*batches.values(), strict=True)  # texts take turns, lest stopping early leave some of them out
     sums = collect_attention(model, [one for turn in turns for one in turn], collect.chunk_size, stopping=collect)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
     sums.save(output / "attention.safetensors", {**header, "texts": sorted(texts), "dtype": settings.dtype})

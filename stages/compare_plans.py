@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from kvcompress import ranks
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
@@ -13,7 +12,8 @@ from kvcompress.corpora import load_texts
 from kvcompress.evaluation.ablation import compare, metrics
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import plan_contenders
-from kvcompress.models import load_model
+from kvcompress.models import distributed
+from kvcompress.models.load import load_model
 from kvcompress.params.ablation import ComparePlansParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
@@ -51,7 +51,7 @@ def main(
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
     contenders = plan_contenders(model.config, settings.max_tokens, paths)
     result = compare(model, tokenizer, record.id, texts, contenders, settings)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     text = report([result])
     if output:

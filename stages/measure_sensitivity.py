@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from kvcompress import ranks
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.corpora import load_texts
-from kvcompress.models import load_model
+from kvcompress.models import distributed
+from kvcompress.models.load import load_model
 from kvcompress.params.sensitivity import SensitivityParams
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
@@ -42,7 +42,7 @@ def main(
     texts = load_texts(data_dir / "corpus", "calibration")
     model, tokenizer = load_model(record, loading)
     found = measure_sensitivity(model, tokenizer, texts, settings)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": loading.dtype}
     found.save((output_dir or data_dir) / "head_sensitivity.safetensors")

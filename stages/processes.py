@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from kvcompress import ranks
 from kvcompress.core.errors import KVCompressError
 from kvcompress.core.params import load_section
-from kvcompress.params.machine import MachineParams
+from kvcompress.models import distributed
+from kvcompress.models.machine_params import MachineParams
 
 
 def share_documents(params: Path) -> None:
@@ -26,7 +26,7 @@ def share_documents(params: Path) -> None:
         if processes > 1:
             launch(processes)
             raise SystemExit(0)
-    ranks.join()
+    distributed.join()
 
 
 def launch(processes: int) -> None:

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from kvcompress.cache.ragged import clipped
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
+from kvcompress.models.architecture import ModelShape
 
 torch.set_num_threads(1)  # a second thread only waits in models this small
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress.cache.rotation import Rotation
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 

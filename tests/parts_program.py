@@ -24,7 +24,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import stages  # noqa: F401 (puts this copy's pipeline first)
-from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing
@@ -39,12 +38,13 @@ from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models import input_device, load_folder
+from kvcompress.models import distributed
+from kvcompress.models.head_shards import of_all_heads, part_of
+from kvcompress.models.load import input_device, load_folder
+from kvcompress.models.params import LocalModel, ModelParams
+from kvcompress.models.tensor_parallel import share
 from kvcompress.params.collect import CollectParams
-from kvcompress.params.model import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.parts import of_all_heads, part_of
-from kvcompress.tensor_parallel import share
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices
 from tests.tiny import COMMON, prose, tiny_tokenizer
@@ -193,7 +193,7 @@ def measured(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def keep(name: str, found: dict[str, Tensor]) -> None:
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         save_file({key: tensor.cpu().contiguous() for key, tensor in found.items()}, f"{name}.safetensors")
 
 
@@ -220,11 +220,11 @@ def main() -> None:
             ):
                 opened(name, tp_plan="auto")
         return
-    ranks.join()
+    distributed.join()
     for name in CONFIGS:
         model = opened(name, tp_plan="auto")
         keep(f"together-{name}", measured(model) if name == "llama" else cached(model))
-    ranks.leave = lambda: ranks.rank() == 0
+    distributed.leave = lambda: distributed.rank() == 0
     for name, flags in json.loads(sys.argv[1]):
         sys.argv = [name, *flags]
         try:

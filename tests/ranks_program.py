@@ -11,8 +11,8 @@ import sys
 import torch
 
 import stages  # noqa: F401 (puts this copy's pipeline first)
-from kvcompress import ranks
 from kvcompress.analysis.collect import collect_attention
+from kvcompress.models import distributed
 from tests.tiny import tiny_model
 
 LENGTHS = (300, 40, 120, 41, 42)
@@ -22,13 +22,13 @@ def of_different_length(path: str) -> None:
     """Attention sums of texts of very different lengths."""
     texts = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
     sums = collect_attention(tiny_model("llama"), texts, 64)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         sums.save(path, {})
 
 
 def main() -> None:
-    ranks.join()
-    ranks.leave = lambda: ranks.rank() == 0
+    distributed.join()
+    distributed.leave = lambda: distributed.rank() == 0
     for stage, flags in json.loads(sys.argv[1]):
         sys.argv = [stage, *flags]
         try:

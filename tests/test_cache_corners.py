@@ -12,12 +12,12 @@ from transformers import (
 )
 
 from kvcompress.cache.group import RECORDED
-from kvcompress.cache.rotation import Rotation
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, StreamingLLMCompressor
+from kvcompress.models.architecture import ModelShape
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.key_diff import KeyDiff
 from tests.cache_tools import LAYERS, VOCABULARY, compressor_for, feed, inputs_for, model_of, plan_for, tokens
 from tests.reference.oracle import judged

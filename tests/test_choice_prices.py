@@ -13,8 +13,8 @@ from kvcompress.analysis.text_price import part, text_prices
 from kvcompress.analysis.window_changes import window_changes
 from kvcompress.cache.attention import attached
 from kvcompress.cache.choices import Choosing
-from kvcompress.cache.rotation import Rotation
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model

@@ -14,7 +14,7 @@ from kvcompress.analysis.observe import MASKED, NAME, observing, require_observa
 from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.head_classes import HeadType
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
 from kvcompress.params.analysis import StatisticsParams
 from tests.reference.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
+from kvcompress.models.architecture import ModelShape
 from tests.cache_tools import model_of
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/reference/pythia-2.8b/refined_classifications.json"

@@ -13,9 +13,9 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextCo
 from kvcompress.analysis.observe import require_observable
 from kvcompress.core import packages
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.core.packages import fetch_packaged_file, read_member
-from kvcompress.models import load_folder, load_model, model_shape, resolve_device, resolve_model
-from kvcompress.params.model import HubModel, LocalModel, ModelParams, PackagedFile, PackagedModel
+from kvcompress.core.packages import PackagedFile, fetch_packaged_file, read_member
+from kvcompress.models.load import load_folder, load_model, model_shape, resolve_device, resolve_model
+from kvcompress.models.params import HubModel, LocalModel, ModelParams, PackagedModel
 from tests.tiny import save_tiny, tiny_model
 
 DIGEST = "0" * 64

@@ -19,8 +19,8 @@ from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.facts import make_cases
 from kvcompress.methods import HeadAwareCompressor, L2Compressor
-from kvcompress.models import input_device, load_folder
-from kvcompress.params.model import LocalModel, ModelParams
+from kvcompress.models.load import input_device, load_folder
+from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.tiny import prose, save_tiny, tiny_tokenizer
 

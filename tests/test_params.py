@@ -6,12 +6,12 @@ import pytest
 
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SECTIONS, load_section
+from kvcompress.models.machine_params import MachineParams
+from kvcompress.models.params import ModelParams
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
 from kvcompress.params.collect import CollectParams
 from kvcompress.params.corpus import CorpusParams
-from kvcompress.params.machine import MachineParams
-from kvcompress.params.model import ModelParams
 from kvcompress.params.plots import PlotParams
 from tests.param_sections import CLASSES
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import GPT2Config, Phi3Config
 
-from kvcompress import ranks
 from kvcompress.cli.main import app
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
-from kvcompress.models import load_folder
-from kvcompress.params.model import LocalModel, ModelParams
-from kvcompress.parts import Part, part_of
-from kvcompress.switching import use_attention
-from kvcompress.tensor_parallel import require_as_split, require_split, share
+from kvcompress.models import distributed
+from kvcompress.models.attention_interface import use_attention
+from kvcompress.models.head_shards import Part, part_of
+from kvcompress.models.load import load_folder
+from kvcompress.models.params import LocalModel, ModelParams
+from kvcompress.models.tensor_parallel import require_as_split, require_split, share
 from tests.parts_program import CONFIGS, save_wide
 from tests.tiny import tiny_model
 
@@ -63,7 +63,9 @@ def test_commands_of_several_processes_need_a_plan(folder: Path, monkeypatch: py
 def joined(monkeypatch: pytest.MonkeyPatch, processes: int, one_model: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if processes > 1:
-        monkeypatch.setattr(ranks, "_joined", ranks.Joined(1, processes, None, torch.device("cpu"), one_model))
+        monkeypatch.setattr(
+            distributed, "_joined", distributed.Joined(1, processes, None, torch.device("cpu"), one_model)
+        )
 
 
 def test_a_gpu_for_every_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +96,7 @@ def test_processes_that_do_not_go_with_the_model(monkeypatch: pytest.MonkeyPatch
     joined(monkeypatch, 3)
     with pytest.raises(InputError, match="llama has 4 KV heads a layer, which 3 processes cannot share equally"):
         share(SimpleNamespace(tp_size=3, config=CONFIGS["llama"]()))
-    assert not ranks.one_model()
+    assert not distributed.one_model()
 
 
 def test_a_model_that_is_not_as_it_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +116,9 @@ def test_a_model_that_is_not_as_it_was_split(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_processes_of_one_model_share_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     joined(monkeypatch, 2, one_model=True)
-    assert ranks.mine([3.0, 1.0, 2.0]) == [0, 1, 2]
-    assert ranks.summed({"a": torch.ones(2)})["a"].tolist() == [1, 1]
-    assert [one.item() for one in ranks.in_order({1: torch.tensor(1.0), 0: torch.tensor(0.0)}, 2)] == [0, 1]
+    assert distributed.mine([3.0, 1.0, 2.0]) == [0, 1, 2]
+    assert distributed.summed({"a": torch.ones(2)})["a"].tolist() == [1, 1]
+    assert [one.item() for one in distributed.in_order({1: torch.tensor(1.0), 0: torch.tensor(0.0)}, 2)] == [0, 1]
 
 
 def test_heads_of_a_part() -> None:

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from kvcompress import ranks
 from kvcompress.core.artifacts import read_json, read_tensors
 from kvcompress.core.errors import InputError
+from kvcompress.models import distributed
 from tests.project import ROOT, copy_project, run, stage_here
 from tests.ranks_program import LENGTHS, of_different_length
 
@@ -148,51 +148,51 @@ def test_every_item_belongs_to_one_process_and_the_dear_ones_apart(monkeypatch: 
     costs = [5.0, 1, 1, 9, 1, 1, 1, 5, 0]
     shares = []
     for own in range(4):
-        monkeypatch.setattr(ranks, "_joined", ranks.Joined(own, 4, None, torch.device("cpu")))
-        shares.append(ranks.mine(costs))
-        assert ranks.mine([1.0] * 2) == ([own] if own < 2 else [])
+        monkeypatch.setattr(distributed, "_joined", distributed.Joined(own, 4, None, torch.device("cpu")))
+        shares.append(distributed.mine(costs))
+        assert distributed.mine([1.0] * 2) == ([own] if own < 2 else [])
     assert sorted(item for share in shares for item in share) == list(range(len(costs)))
     assert sorted(sum(costs[item] for item in share) for share in shares) == [5, 5, 5, 9]
 
 
 def test_alone_nothing_is_exchanged() -> None:
-    assert (ranks.rank(), ranks.size(), ranks.leave()) == (0, 1, True)
-    assert ranks.mine([1.0, 2.0]) == [0, 1]
-    found = ranks.in_order({1: torch.tensor([2.0]), 0: torch.tensor([[True]])}, 2)
+    assert (distributed.rank(), distributed.size(), distributed.leave()) == (0, 1, True)
+    assert distributed.mine([1.0, 2.0]) == [0, 1]
+    found = distributed.in_order({1: torch.tensor([2.0]), 0: torch.tensor([[True]])}, 2)
     assert [one.tolist() for one in found] == [[[1.0]], [2.0]]
-    assert np.array_equal(ranks.summed({"a": torch.ones(2)})["a"], torch.ones(2))
+    assert np.array_equal(distributed.summed({"a": torch.ones(2)})["a"], torch.ones(2))
 
 
 def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "_joined", distributed.Joined(3, 4, None, torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert ranks.own_device("auto") == ranks.own_device("cuda") == "cuda:1"
-    assert ranks.own_device("cpu") == "cpu"
+    assert distributed.own_device("auto") == distributed.own_device("cuda") == "cuda:1"
+    assert distributed.own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="'cuda:0', but 2 processes need a GPU each"):
-        ranks.own_device("cuda:0")
+        distributed.own_device("cuda:0")
     others = [torch.tensor(1)]  # what the other processes say of themselves
     monkeypatch.setattr(dist, "all_reduce", lambda mine, op, group: mine.copy_(torch.minimum(mine, *others)))
     moved: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", moved.append)
-    ranks.exchange_on(torch.device("cuda:1"))
-    assert ranks._joined is not None
-    assert ranks._joined.device == torch.device("cuda:1")
+    distributed.exchange_on(torch.device("cuda:1"))
+    assert distributed._joined is not None
+    assert distributed._joined.device == torch.device("cuda:1")
     # One other process of the run, perhaps on another machine, has no GPU for itself.
-    monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "_joined", distributed.Joined(3, 4, None, torch.device("cpu")))
     others[0] = torch.tensor(0)
-    ranks.exchange_on(torch.device("cuda:1"))
-    assert ranks._joined.device == torch.device("cpu")
+    distributed.exchange_on(torch.device("cuda:1"))
+    assert distributed._joined.device == torch.device("cpu")
     others[0] = torch.tensor(1)
     # Two processes on each GPU: NCCL cannot, so they exchange through gloo.
-    monkeypatch.setattr(ranks, "_joined", ranks.Joined(3, 4, None, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "_joined", distributed.Joined(3, 4, None, torch.device("cpu")))
     for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert ranks.own_device("auto") == "cuda:1"
-    ranks.exchange_on(torch.device("cuda:1"))
-    assert ranks._joined.device == torch.device("cpu")
+    assert distributed.own_device("auto") == "cuda:1"
+    distributed.exchange_on(torch.device("cuda:1"))
+    assert distributed._joined.device == torch.device("cpu")
     assert moved == [torch.device("cuda:1")] * 3
 
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.retention import Retention
+from kvcompress.models.rotary import Rotation
 from tests.cache_tools import tokens
 from tests.select_tools import furthest, uniform
 

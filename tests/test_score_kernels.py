@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcompress.cache.rotation import Rotation
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores import launches
 from kvcompress.scores.attention import of_a_text, received, which
 from kvcompress.scores.expected_attention import logits_of

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.analysis.listen import listening
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.errors import InputError, UnsupportedModelError
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.attention import received
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.held import Held

@@ -11,8 +11,8 @@ import torch
 from kvcompress.cache.choices import Choosing, of_head
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.retention import Retention
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 from kvcompress.scores.table import SCORES, make_score

@@ -14,11 +14,11 @@ from kvcompress.analysis.choice_changes import Choice
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
 from kvcompress.analysis.text_price import text_prices
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.corpora import documents_of_all
 from kvcompress.facts import FILLER, TEMPLATES, WORDS, CaseMaker
+from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 

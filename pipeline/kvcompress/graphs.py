@@ -27,7 +27,7 @@ from transformers.cache_utils import StaticCache
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.standing import Standing, StandingCache, StandingDense
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
-from kvcompress.parts import part_of
+from kvcompress.models.head_shards import part_of
 
 
 def can_record(device: torch.device) -> bool:

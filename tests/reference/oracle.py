@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.cache.choices import Choice, Choices, of_head
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import Retention
-from kvcompress.parts import part_of
-from kvcompress.switching import use_attention
+from kvcompress.models.attention_interface import use_attention
+from kvcompress.models.head_shards import part_of
 
 NAME = "kvcompress_oracle"
 

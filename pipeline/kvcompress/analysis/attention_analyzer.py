@@ -26,7 +26,7 @@ from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
 from kvcompress.core.params import override
 from kvcompress.corpora import leading_tokens
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
 
 __all__ = [

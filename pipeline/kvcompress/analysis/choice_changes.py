@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.analysis.window_changes import Sums
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
+from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.choosing import best
 from kvcompress.scores.held import Held

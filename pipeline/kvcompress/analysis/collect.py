@@ -8,15 +8,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress import ranks
 from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums
 from kvcompress.analysis.induction import add_induction
 from kvcompress.analysis.observe import AttentionObserver, observing, require_observable
 from kvcompress.analysis.precision import precise_enough
 from kvcompress.core.errors import InputError
-from kvcompress.models import input_device
+from kvcompress.models import distributed
+from kvcompress.models.head_shards import of_all_heads, part_of
+from kvcompress.models.load import input_device
 from kvcompress.params.collect import CollectParams
-from kvcompress.parts import of_all_heads, part_of
 
 
 def collect_attention(
@@ -28,7 +28,7 @@ def collect_attention(
 ) -> AttentionSums:
     """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
 
-    Where several processes were started (`kvcompress.ranks`), each reads its share and gets the sums of all; where they
+    Where several processes were started (`kvcompress.models.distributed`), each reads its share and gets the sums of all; where they
     hold one model, each reads all, with its own heads, and gets the sums of all heads.
 
     With `stopping` that bounds a standard error, no more documents are read than it takes (`precision.precise_enough`,
@@ -53,16 +53,16 @@ def collect_attention(
     total, part = AttentionSums.none(shape.num_layers, shape.num_attention_heads), part_of(model.config)
     size = len(documents) if stopping is None else stopping.stop_every
     rounds = [documents[first : first + size] for first in range(0, len(documents), size)]
-    shares = [[batch[i] for i in ranks.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
+    shares = [[batch[i] for i in distributed.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
     amount = sum(len(tokens) for own in shares for tokens in own)
-    with torch.inference_mode(), ranks.progress(amount, "attention", "tok", progress) as bar:
+    with torch.inference_mode(), distributed.progress(amount, "attention", "tok", progress) as bar:
         for batch, own in zip(rounds, shares, strict=True):
             found = AttentionSums.none(shape.num_layers, shape.num_attention_heads // part.count)
             for tokens in own:
                 found += read(model, tokens, chunk_size, bar).sums(shape.num_layers)
             sums = {
                 name: of_all_heads(tensor, 1, part) if name in HEAD_SUMS else tensor
-                for name, tensor in ranks.summed(found.tensors).items()
+                for name, tensor in distributed.summed(found.tensors).items()
             }
             total += AttentionSums(sums, len(batch), max(map(len, batch)))
             if stopping and precise_enough(total, stopping):  # the same sums, so the same answer, in every process

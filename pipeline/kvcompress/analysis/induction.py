@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.analysis.attention_sums import AttentionSums
 from kvcompress.analysis.observe import observing
-from kvcompress.models import input_device
-from kvcompress.parts import of_all_heads, part_of
+from kvcompress.models.head_shards import of_all_heads, part_of
+from kvcompress.models.load import input_device
 
 LENGTH = 128  # tokens that are repeated
 

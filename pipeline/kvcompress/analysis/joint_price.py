@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.analysis.listen import listening
-from kvcompress.models import input_device
+from kvcompress.models.load import input_device
 
 
 class Halfway:

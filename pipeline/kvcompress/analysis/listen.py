@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
+from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress_listen"
 

@@ -18,9 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models import ModelShape, input_device, model_shape
-from kvcompress.parts import Part, part_of
-from kvcompress.switching import LEARNED_TERMS, refuse_terms, use_attention
+from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, use_attention
+from kvcompress.models.head_shards import Part, part_of
+from kvcompress.models.load import ModelShape, input_device, model_shape
 
 NAME = "kvcompress_observe"
 # device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches

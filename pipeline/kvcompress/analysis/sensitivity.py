@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress import ranks
 from kvcompress.analysis.calibration_facts import calibration_facts
 from kvcompress.analysis.choice_changes import Choice, priced_choices
 from kvcompress.analysis.joint_price import joint_prices
@@ -26,8 +25,9 @@ from kvcompress.analysis.text_price import text_prices
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError
 from kvcompress.corpora import documents_of_all
+from kvcompress.models import distributed
+from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.parts import of_all_heads, part_of
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
 TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3, "chosen": 3, "lost": 4}  # name -> dimensions
@@ -158,7 +158,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
 
-    Where several processes were started (`kvcompress.ranks`), each measures its share (where they hold one model, its own
+    Where several processes were started (`kvcompress.models.distributed`), each measures its share (where they hold one model, its own
     heads) and gets the whole result. Raises
     `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
     """
@@ -211,14 +211,14 @@ def measure_sensitivity(
 
 
 def done_together(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:
-    """What every job gives, in their order; processes that share the work (`kvcompress.ranks`) do a share each.
+    """What every job gives, in their order; processes that share the work (`kvcompress.models.distributed`) do a share each.
 
     Processes take jobs in turns: those of one kind stand together and cost the same.
     """
-    own = ranks.mine([1.0] * len(jobs))
-    with ranks.progress(len(own), "price of heads", "pass", progress) as bar:
+    own = distributed.mine([1.0] * len(jobs))
+    with distributed.progress(len(own), "price of heads", "pass", progress) as bar:
         found: dict[int, Tensor] = {}
         for i in own:
             found[i] = jobs[i]()
             bar.update()
-    return ranks.in_order(found, len(jobs))
+    return distributed.in_order(found, len(jobs))

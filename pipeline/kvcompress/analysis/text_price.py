@@ -22,8 +22,8 @@ from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at
 from kvcompress.analysis.listen import listening
 from kvcompress.analysis.observe import block_size
 from kvcompress.analysis.slot_changes import slot_changes
-from kvcompress.cache.rotation import Rotation
-from kvcompress.models import input_device
+from kvcompress.models.load import input_device
+from kvcompress.models.rotary import Rotation
 
 
 class TextPrices:

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.cache.padding import MaskLength
 from kvcompress.cache.pending import Pending
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
-from kvcompress.switching import CAPPED_OR_LEARNED, refuse_terms, use_attention
+from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, use_attention
 
 NAME = "kvcompress"
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.score import Score, require_at_least
 from kvcompress.scores.table import make_score
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.rotation import Rotation
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.history import Received
 
 

@@ -23,10 +23,10 @@ from kvcompress.cache.group import Group
 from kvcompress.cache.padding import MaskLength, Padding
 from kvcompress.cache.pending import Pending
 from kvcompress.cache.reading import Reading
-from kvcompress.cache.rotation import Rotation
 from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
-from kvcompress.parts import WHOLE, Part
+from kvcompress.models.head_shards import WHOLE, Part
+from kvcompress.models.rotary import Rotation
 
 Prefill = Literal["exact", "streaming"]
 

@@ -18,7 +18,7 @@ class RaggedCache(Cache):
     Reports tokens *seen* as its sequence length. Readable only by a model inside `attached`; any other model gets a
     `CacheUseError`. For inference: gradients do not flow through what is held.
 
-    Of a model split among processes (`kvcompress.parts`) each one's cache has that process's heads alone: bytes, `held`
+    Of a model split among processes (`kvcompress.models.head_shards`) each one's cache has that process's heads alone: bytes, `held`
     and `positions` are theirs, and KV head 0 is the first of them.
     """
 

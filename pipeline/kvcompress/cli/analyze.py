@@ -45,7 +45,6 @@ def analyze(
     params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
     texts = read_texts(text)
 
-    from kvcompress import ranks
     from kvcompress.analysis.classification import classify_heads
     from kvcompress.analysis.collect import collect_attention
     from kvcompress.analysis.report import validation_report
@@ -54,6 +53,7 @@ def analyze(
     from kvcompress.core.artifacts import write_text
     from kvcompress.core.head_classes import ClassificationFile, save_classifications
     from kvcompress.corpora import documents_of_all
+    from kvcompress.models import distributed
     from kvcompress.params.analysis import StatisticsParams
 
     loaded, tokenizer, record = open_model(params)
@@ -64,7 +64,7 @@ def analyze(
     origin = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
     info = describe_measure(sums, measure, origin)
     classes = classify_heads(statistics, sink_size=measure.sink_size)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     save_statistics(output_dir / "head_statistics.json", statistics, info)
     save_classifications(output_dir / "refined_classifications.json", classes, info, "refined")

@@ -10,13 +10,13 @@ import typer
 
 from kvcompress.core.artifacts import read_text
 from kvcompress.core.errors import InputError
-from kvcompress.params.model import ModelParams, source_of
+from kvcompress.models.params import ModelParams, source_of
 
 if TYPE_CHECKING:  # slow imports; help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcompress.core.plan import RetentionPlan
-    from kvcompress.models import ModelRecord
+    from kvcompress.models.load import ModelRecord
 
 Model = Annotated[str, typer.Argument(help="A model folder (safetensors), or a name on the Hugging Face hub.")]
 Texts = Annotated[
@@ -59,12 +59,12 @@ def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokeniz
 
     Raises `InputError` where torchrun started several processes and there is none: each would do, and write, all of it.
     """
-    from kvcompress import ranks
-    from kvcompress.models import load_folder, locate_model
+    from kvcompress.models import distributed
+    from kvcompress.models.load import load_folder, locate_model
 
     if params.tp_plan:
-        ranks.join()
-    elif ranks.started():
+        distributed.join()
+    elif distributed.started():
         raise InputError(
             "torchrun started several processes, of which each would do all of this: start one, or run the stages, which"
             " share documents; commands that have --tp-plan split a model among them"

@@ -72,11 +72,11 @@ def evaluate(
 
     from rich.console import Console
 
-    from kvcompress import ranks
     from kvcompress.core.artifacts import write_json
     from kvcompress.core.plan import RetentionPlan
     from kvcompress.evaluation.ablation import compare
     from kvcompress.evaluation.contenders import plan_contenders
+    from kvcompress.models import distributed
     from kvcompress.params.ablation import ComparePlansParams
 
     loaded, tokenizer, record = open_model(params)
@@ -88,12 +88,12 @@ def evaluate(
         retrieval_depths=retrieval_depths,
         plans=[path.stem for path in plan],
     )
-    if not ranks.rank():
+    if not distributed.rank():
         for path in plan:
             warn_of(RetentionPlan.load(path), path, record, max_tokens)
     contenders = plan_contenders(loaded.config, max_tokens, plan)
     result = compare(loaded, tokenizer, record.id, texts, contenders, settings)
-    if not ranks.leave():  # every process has the whole result, one writes it
+    if not distributed.leave():  # every process has the whole result, one writes it
         return
     if output:
         write_json(output, result)

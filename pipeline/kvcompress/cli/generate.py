@@ -69,12 +69,12 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from kvcompress import ranks
     from kvcompress.core.artifacts import read_text
     from kvcompress.core.plan import RetentionPlan
     from kvcompress.methods import HeadAwareCompressor
-    from kvcompress.models import input_device
-    from kvcompress.parts import over_parts, part_of
+    from kvcompress.models import distributed
+    from kvcompress.models.head_shards import over_parts, part_of
+    from kvcompress.models.load import input_device
 
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
@@ -90,9 +90,11 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(input_device(loaded))
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    streamer = None if as_json or ranks.rank() else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = (
+        None if as_json or distributed.rank() else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     length, start = inputs.input_ids.shape[1], time.perf_counter()
-    if kept and plan and not ranks.rank():
+    if kept and plan and not distributed.rank():
         warn_of(kept, plan, record, length)
     # The last token is not read again.
     if length + max_new_tokens - 1 > record.max_context and knows_no_more_positions(loaded):
@@ -100,7 +102,7 @@ def generate(
             f"the prompt has {length} tokens and up to {max_new_tokens} follow, but {record.id} knows {record.max_context} "
             "positions and no further ones"
         )
-    if length + max_new_tokens > record.max_context and not ranks.rank():
+    if length + max_new_tokens > record.max_context and not distributed.rank():
         sys.stderr.write(
             f"warning: the prompt has {length} tokens and up to {max_new_tokens} follow, but the context of {record.id} ends "
             f"at {record.max_context}; beyond it answers are seldom of use\n"
@@ -111,7 +113,7 @@ def generate(
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
     held = over_parts(torch.tensor([cache.nbytes, cache.peak_nbytes]), part_of(loaded.config)).tolist()
-    if not ranks.leave():
+    if not distributed.leave():
         return
     new = ids[0, length:]
     if as_json:

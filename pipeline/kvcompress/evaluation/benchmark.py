@@ -23,7 +23,7 @@ from kvcompress.corpora import documents
 from kvcompress.evaluation.decode_steps import held_bytes
 from kvcompress.evaluation.entrants import Entrant
 from kvcompress.evaluation.timing import OwnMemory, devices_of, timed
-from kvcompress.models import input_device
+from kvcompress.models.load import input_device
 from kvcompress.params.benchmark import BenchmarkParams
 
 WARM_UP_TOKENS = 128  # on a CPU, once one entrant has read a whole prompt; on a GPU all read all of it

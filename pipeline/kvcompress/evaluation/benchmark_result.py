@@ -16,7 +16,7 @@ from kvcompress.evaluation.decode_growth import decode_growth, require_room, wei
 from kvcompress.evaluation.entrants import Entrant
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
-from kvcompress.models import input_device
+from kvcompress.models.load import input_device
 from kvcompress.params.benchmark import BenchmarkParams
 
 

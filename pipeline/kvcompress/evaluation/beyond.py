@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import ranks
 from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models import input_device, model_shape
-from kvcompress.parts import over_parts, part_of
+from kvcompress.models import distributed
+from kvcompress.models.head_shards import over_parts, part_of
+from kvcompress.models.load import input_device, model_shape
 from kvcompress.planning.shapes import class_table_plan
 
 WINDOW = 1024  # predicted tokens a point
@@ -41,13 +41,13 @@ def stream(
 ) -> list[dict[str, Any]]:
     """One row a contender and window of WINDOW tokens: mean NLL in nats, and bytes held at its end.
 
-    Processes that share the work (`kvcompress.ranks`) stream some contenders each.
+    Processes that share the work (`kvcompress.models.distributed`) stream some contenders each.
     """
     rows, names = [], list(contenders)
-    own = ranks.mine([1.0] * len(names))
+    own = distributed.mine([1.0] * len(names))
     found: dict[int, Tensor] = {}  # contender -> [predicted token, (NLL, bytes held)]
     tokens = tokens.to(input_device(model))
-    with torch.inference_mode(), ranks.progress(len(tokens) * len(own), "beyond context", "tok", progress) as bar:
+    with torch.inference_mode(), distributed.progress(len(tokens) * len(own), "beyond context", "tok", progress) as bar:
         for i in own:
             compressor = contenders[names[i]]
             nll: list[np.ndarray] = []
@@ -63,7 +63,7 @@ def stream(
                     held += [cache.nbytes] * len(target)
                     bar.update(len(chunk))
             found[i] = torch.from_numpy(np.stack([np.concatenate(nll), held], axis=1))
-    for name, measured in zip(names, ranks.in_order(found, len(names)), strict=True):
+    for name, measured in zip(names, distributed.in_order(found, len(names)), strict=True):
         losses, bytes_held = measured[:, 0].numpy(), over_parts(measured[:, 1], part_of(model.config)).numpy()
         for first in range(0, len(losses) - WINDOW + 1, WINDOW):
             last = first + WINDOW

@@ -11,7 +11,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models import ModelShape, model_shape
+from kvcompress.models.load import ModelShape, model_shape
 from kvcompress.params.ablation import AblationParams
 from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
 

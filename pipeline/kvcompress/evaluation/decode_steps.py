@@ -18,13 +18,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.shape import ModelShape
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.timing import Spread, devices_of, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
+from kvcompress.models.architecture import ModelShape
 
 DENSE = "DynamicCache"
 WARM_UP = 2  # rounds that are thrown away

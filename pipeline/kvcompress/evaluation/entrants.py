@@ -13,7 +13,7 @@ from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.methods.l2_compress import L2Compressor
 from kvcompress.methods.recent_only import RecentOnlyCompressor
 from kvcompress.methods.streaming_llm import StreamingLLMCompressor
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
 from kvcompress.params.benchmark import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.planning.shapes import class_table_plan
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from kvcompress.models import input_device
+from kvcompress.models.load import input_device
 
 
 def environment(model: PreTrainedModel) -> dict[str, str | int]:

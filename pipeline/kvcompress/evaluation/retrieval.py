@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress import ranks
 from kvcompress.evaluation.scoring import streaming_cache
 from kvcompress.facts import Case
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models import input_device
+from kvcompress.models import distributed
+from kvcompress.models.load import input_device
 
 
 def answered(logits: Tensor, case: Case) -> bool:
@@ -38,12 +38,12 @@ def retrieve(
     Exact prefill: the context is read once in full, and every contender compresses that cache before the question comes;
     one that chooses by queries, which no cache holds, reads the context itself.
     Streaming: every contender reads context and question in its own way from the start, `chunk_size` tokens at a time.
-    Processes that share the work (`kvcompress.ranks`) ask some cases each.
+    Processes that share the work (`kvcompress.models.distributed`) ask some cases each.
     """
-    own = ranks.mine([case.length for case in cases])
+    own = distributed.mine([case.length for case in cases])
     found: dict[int, Tensor] = {}  # case -> [contender], 1 where it answers
     device = input_device(model)
-    with torch.inference_mode(), ranks.progress(len(own), f"retrieval, {prefill}", "case", progress) as bar:
+    with torch.inference_mode(), distributed.progress(len(own), f"retrieval, {prefill}", "case", progress) as bar:
         for i in own:
             case, rights = cases[i], []
             context = torch.tensor([case.context], device=device)
@@ -66,5 +66,5 @@ def retrieve(
                 rights.append(answered(logits, case))
             found[i] = torch.tensor(rights)
             bar.update()
-    table = [[bool(right) for right in rights] for rights in ranks.in_order(found, len(cases))]
+    table = [[bool(right) for right in rights] for rights in distributed.in_order(found, len(cases))]
     return {name: [rights[j] for rights in table] for j, name in enumerate(contenders)}

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import ranks
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.methods.compressor import Compressor, PlanCompressor
-from kvcompress.models import input_device
-from kvcompress.parts import over_parts, part_of
+from kvcompress.models import distributed
+from kvcompress.models.head_shards import over_parts, part_of
+from kvcompress.models.load import input_device
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
 
@@ -126,7 +126,7 @@ def score_contenders(
     Methods that rank keys by content get `rank_every` tokens at a time: each of their passes sees itself in full.
 
     Documents are the outer loop, so that the full cache's distributions (`tokens x vocabulary` floats) exist for one at
-    a time. Processes that share the work (`kvcompress.ranks`) read some documents each; `seconds` adds up over them.
+    a time. Processes that share the work (`kvcompress.models.distributed`) read some documents each; `seconds` adds up over them.
     Raises `InputError` where documents differ in length or have nothing to score.
     """
     batch = [(text, tokens) for text, found in documents.items() for tokens in found]
@@ -134,11 +134,11 @@ def score_contenders(
         raise InputError(f"documents to score must have one length, found {sorted({len(t) for _, t in batch})} tokens")
     if any(not 0 <= context < len(tokens) - 1 for _, tokens in batch):
         raise InputError(f"context is {context} tokens, expected 0 to {len(batch[0][1]) - 2} of a document")
-    own = ranks.mine([len(tokens) for _, tokens in batch])
+    own = distributed.mine([len(tokens) for _, tokens in batch])
     arrays: dict[int, Tensor] = {}  # document -> [contender, measure, predicted token]
     costs: dict[int, Tensor] = {}  # document -> [contender, (bytes at the end, mean and peak bytes, seconds)]
     total = len(own) * len(contenders)
-    with torch.inference_mode(), ranks.progress(total, "perplexity", "run", progress) as bar:
+    with torch.inference_mode(), distributed.progress(total, "perplexity", "run", progress) as bar:
         for i in own:
             tokens = batch[i][1]
             reference = full_log_probs(model, tokens, context)
@@ -156,8 +156,10 @@ def score_contenders(
                 bar.update()
             arrays[i] = torch.from_numpy(np.stack(found))
             costs[i] = torch.tensor(spent, dtype=torch.float64)
-    whole = torch.stack(ranks.in_order(arrays, len(batch))).numpy()  # [document, contender, measure, predicted token]
-    costly = torch.stack(ranks.in_order(costs, len(batch)))
+    whole = torch.stack(
+        distributed.in_order(arrays, len(batch))
+    ).numpy()  # [document, contender, measure, predicted token]
+    costly = torch.stack(distributed.in_order(costs, len(batch)))
     costly[..., :3] = over_parts(costly[..., :3], part_of(model.config))
     spending = costly.numpy()  # [document, contender, cost]
     texts = [text for text, _ in batch]

@@ -25,11 +25,11 @@ from kvcompress.cache.convert import convert
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.rotation import Rotation
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import FULL, Retention
-from kvcompress.parts import part_of
+from kvcompress.models.architecture import ModelShape
+from kvcompress.models.head_shards import part_of
+from kvcompress.models.rotary import Rotation
 
 Positions = Literal["original", "cache"]
 
@@ -64,7 +64,7 @@ class Compressor(ABC):
 
         `prefill="exact"`: the prompt attends in full, then every head forgets; the prompt is the first forward pass,
         or the first `prompt_length` tokens (padded columns) where it is fed in chunks. `"streaming"`: every query sees
-        its head's keys alone, and memory is bounded at any length. Of a model split among processes (`kvcompress.parts`)
+        its head's keys alone, and memory is bounded at any length. Of a model split among processes (`kvcompress.models.head_shards`)
         it is for this process's heads.
         """
         shared = self._shared(config, prefill, prompt_length)

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
@@ -28,6 +27,7 @@ from kvcompress.core.retention import (
     require_possible,
 )
 from kvcompress.methods.compressor import PlanCompressor
+from kvcompress.models.architecture import ModelShape
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
 

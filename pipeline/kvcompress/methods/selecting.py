@@ -7,10 +7,10 @@ from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.selecting import Chooser, SelectingLayer
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import FULL
 from kvcompress.methods.compressor import Compressor
+from kvcompress.models.architecture import ModelShape
 
 
 class SelectingCompressor(Compressor):

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from kvcompress.core.packages import PackagedFile
 from kvcompress.core.params import Count, Name, Params, SectionParams, Share
-from kvcompress.params.model import PackagedFile
 
 
 class DatasetText(Params):

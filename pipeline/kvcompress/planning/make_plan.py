@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.models import model_shape
+from kvcompress.models.load import model_shape
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.planning.budget import Budget

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvcompress.cache.rotation import Rotation
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores import launches
 from kvcompress.scores.attention import which
 from kvcompress.scores.held import Held

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvcompress.cache.rotation import Rotation
 from kvcompress.core.errors import InputError
+from kvcompress.models.rotary import Rotation
 from kvcompress.scores.history import Received
 
 

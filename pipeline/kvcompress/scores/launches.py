@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache.decode import kernel, power_from, processors
-from kvcompress.cache.rotation import Rotation
+from kvcompress.models.rotary import Rotation
 
 LARGEST_SIZE = 256  # of a head
 LARGEST_CHUNK = 256  # whose keys a program can hold

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.parts import part_of
+from kvcompress.models.head_shards import part_of
 
 # What some models' attention does beside softmax(QK)V: a learned sink, a learned bias by distance.
 LEARNED_TERMS = ("s_aux", "position_bias")
@@ -16,7 +16,7 @@ CAPPED_OR_LEARNED = ("softcap", *LEARNED_TERMS)
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch `model` to a registered attention; `UnsupportedModelError` where it does not take another one.
 
-    Also where it is one of several tensor-parallel parts and nobody said so (`kvcompress.tensor_parallel.share`).
+    Also where it is one of several tensor-parallel parts and nobody said so (`kvcompress.models.tensor_parallel.share`).
     """
     part_of(model.config)
     try:

@@ -1,20 +1,13 @@
-"""Sections `model` and, for what both share, files inside packages."""
+"""Section `model`: which model, and how it is loaded."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from kvcompress.core.errors import InputError
+from kvcompress.core.packages import PackagedFile
 from kvcompress.core.params import Name, Params, SectionParams
-
-
-class PackagedFile(Params):
-    """A file inside a package of the Python package index, pinned by version and hash."""
-
-    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    file: Name
 
 
 class PackagedModel(PackagedFile):

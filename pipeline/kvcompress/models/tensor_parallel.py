@@ -1,6 +1,6 @@
 """One model in several processes by transformers' own tensor parallelism: what loading takes, and what stands against it.
 
-Only how attention is divided matters here: KV heads in equal, contiguous shares (`kvcompress.parts`). The rest of a model
+Only how attention is divided matters here: KV heads in equal, contiguous shares (`kvcompress.models.head_shards`). The rest of a model
 is transformers' business.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvcompress import ranks
-from kvcompress.cache.shape import ModelShape
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.params.model import ModelParams
+from kvcompress.models import distributed
+from kvcompress.models.architecture import ModelShape
+from kvcompress.models.params import ModelParams
 
 # What plans call the projection that makes keys, alone or, head by head, with queries and values.
 KEY_PROJECTIONS = ("k_proj", "query_key_value")
@@ -27,7 +27,7 @@ def split_options(config: Any, params: ModelParams) -> dict[str, Any]:
     """
     from transformers.distributed import DistributedConfig
 
-    wanted, count = f"model.tp_plan is {params.tp_plan!r}", ranks.size()
+    wanted, count = f"model.tp_plan is {params.tp_plan!r}", distributed.size()
     if params.device_map:
         raise InputError(f"{wanted} and model.device_map is {params.device_map!r}: expected one of the two")
     if params.device != "auto":
@@ -64,16 +64,16 @@ def share(model: PreTrainedModel) -> None:
     then on all of them work on every document, and statistics, prices and evaluations are of all heads. The proof is a
     short run. Raises `UnsupportedModelError` or `InputError` where the processes do not have equal shares of the heads.
     """
-    ranks.join()
+    distributed.join()
     count = model.tp_size or 1
-    if count == 1 or count != ranks.size():
+    if count == 1 or count != distributed.size():
         raise InputError(
-            f"the model is in {count} tensor-parallel parts, but the run has {ranks.size()} processes: expected a part each"
+            f"the model is in {count} tensor-parallel parts, but the run has {distributed.size()} processes: expected a part each"
         )
     require_split(model.config, count)
-    ranks.exchange_on(model.device)
+    distributed.exchange_on(model.device)
     require_as_split(model, count)
-    ranks.hold_one_model()
+    distributed.hold_one_model()
 
 
 @torch.inference_mode()

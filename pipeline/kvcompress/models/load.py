@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kvcompress import ranks
-from kvcompress.cache.shape import ModelShape as CacheShape
 from kvcompress.core.artifacts import replaced_folder
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.packages import fetch_packaged_file
-from kvcompress.params.model import HubModel, LocalModel, ModelParams
-from kvcompress.tensor_parallel import share, split_options
+from kvcompress.models import distributed
+from kvcompress.models.architecture import ModelShape as CacheShape
+from kvcompress.models.params import HubModel, LocalModel, ModelParams
+from kvcompress.models.tensor_parallel import share, split_options
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 UNLIMITED = 2**31 - 1  # context of models whose config names none
@@ -213,11 +213,13 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
     if params.tp_plan:
         place = split_options(read_config(Path(folder), params.trust_remote_code), params)
     elif params.device_map:
-        if ranks.size() > 1:
-            raise InputError(f"model.device_map is {params.device_map!r}, which needs one process, not {ranks.size()}")
+        if distributed.size() > 1:
+            raise InputError(
+                f"model.device_map is {params.device_map!r}, which needs one process, not {distributed.size()}"
+            )
         place = {"device_map": params.device_map}
     else:
-        device = resolve_device(ranks.own_device(params.device))
+        device = resolve_device(distributed.own_device(params.device))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -233,7 +235,7 @@ def load_folder(folder: str | Path, params: ModelParams) -> tuple[PreTrainedMode
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model folder {folder} cannot be loaded: {in_short(error)}") from error
     if device is not None:
-        ranks.exchange_on(device)
+        distributed.exchange_on(device)
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:  # transformers would go on with random weights
         raise InputError(f"the weights in {folder} lack {lacking[0]}, or have it in another shape (of {len(lacking)})")

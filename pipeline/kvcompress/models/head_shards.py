@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import ranks
 from kvcompress.core.errors import InputError, UnsupportedModelError
+from kvcompress.models import distributed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def part_of(config: Any) -> Part:
     of the config of a model that is split.
     """
     if config is None:
-        if ranks.one_model():
+        if distributed.one_model():
             raise InputError(
                 "this process has only some of the model's heads: pass config=model.config, which says which"
             )
@@ -46,12 +46,12 @@ def part_of(config: Any) -> Part:
     count = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
     if count == 1:
         return WHOLE
-    if not ranks.one_model():
+    if not distributed.one_model():
         raise UnsupportedModelError(
             f"this {config.model_type} model is one of {count} tensor-parallel parts, none of which sees all heads: call"
-            " kvcompress.tensor_parallel.share(model) in every process, or load it with model.tp_plan"
+            " kvcompress.models.tensor_parallel.share(model) in every process, or load it with model.tp_plan"
         )
-    return Part(ranks.rank(), ranks.size())
+    return Part(distributed.rank(), distributed.size())
 
 
 def of_all_heads(own: Tensor, dim: int, part: Part) -> Tensor:
@@ -64,9 +64,9 @@ def of_all_heads(own: Tensor, dim: int, part: Part) -> Tensor:
     own = own.movedim(dim, 0)
     whole = torch.zeros(own.shape[0] * part.count, *own.shape[1:], dtype=torch.float64)
     whole[part.own(whole.shape[0])] = own.to(whole)
-    return ranks.add_up(whole).movedim(0, dim)
+    return distributed.add_up(whole).movedim(0, dim)
 
 
 def over_parts(own: Tensor, part: Part) -> Tensor:
     """The sum over all parts, such as of bytes: float64 on the CPU, in every process; every one has to call this."""
-    return own if part.count == 1 else ranks.add_up(own.to("cpu", torch.float64, copy=True).contiguous())
+    return own if part.count == 1 else distributed.add_up(own.to("cpu", torch.float64, copy=True).contiguous())
