@@ -12,16 +12,16 @@ from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
-from kvcompress.corpora import documents_of_all
 from kvcompress.evaluation.ablation import compare
 from kvcompress.evaluation.contenders import contenders_for
 from kvcompress.evaluation.environment import environment
-from kvcompress.facts import FILLER
 from kvcompress.models import distributed
 from kvcompress.models.load import load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.corpora import documents_of_all
+from kvcompress.texts.retrieval_tasks import FILLER
 
 TEXTS = 2
 UNIT = 4  # documents, of which every part of the work takes a whole number

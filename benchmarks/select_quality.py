@@ -25,7 +25,6 @@ from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Prefill
 from kvcompress.core.artifacts import read_model, write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.corpora import documents_of_all, load_texts
 from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.ablation_data import interval_cell
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
@@ -33,13 +32,14 @@ from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import Documents, score_continuation
-from kvcompress.facts import TASKS, Case, Task, Use, make_cases
 from kvcompress.models import distributed
 from kvcompress.models.load import ModelRecord, load_folder, locate_model
 from kvcompress.models.params import ModelParams, source_of
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.table import SCORES
+from kvcompress.texts.corpora import documents_of_all, load_texts
+from kvcompress.texts.retrieval_tasks import TASKS, Case, Task, Use, make_cases
 
 STREAMED = 1024  # tokens a pass, where contexts stream in
 app = typer.Typer(add_completion=False)

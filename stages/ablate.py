@@ -8,7 +8,6 @@ import typer
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
-from kvcompress.corpora import documents, load_texts
 from kvcompress.evaluation.ablation import compare, metrics
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.beyond import beyond_contenders, stream
@@ -16,6 +15,7 @@ from kvcompress.evaluation.contenders import ABLATIONS, contenders_for, plan_con
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.params.ablation import AblationParams
+from kvcompress.texts.corpora import documents, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.loading import chosen_model, model_params
 from stages.processes import share_documents

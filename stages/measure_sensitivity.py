@@ -8,10 +8,10 @@ import typer
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
-from kvcompress.corpora import load_texts
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params
 from stages.processes import share_documents

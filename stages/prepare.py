@@ -4,9 +4,9 @@ from pathlib import Path
 
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.params import load_section
-from kvcompress.corpora import prepare_corpus
 from kvcompress.models.load import resolve_model
-from kvcompress.params.corpus import CorpusParams
+from kvcompress.texts.corpora import prepare_corpus
+from kvcompress.texts.params import CorpusParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, run, stage_app
 from stages.loading import model_params
 

@@ -35,7 +35,6 @@ from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.evaluation.beyond import stream
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
-from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
@@ -45,6 +44,7 @@ from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.models.tensor_parallel import share
 from kvcompress.params.collect import CollectParams
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices
 from tests.tiny import COMMON, prose, tiny_tokenizer

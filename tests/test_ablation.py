@@ -15,9 +15,9 @@ from kvcompress.evaluation.ablation_data import pareto_data
 from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
-from kvcompress.facts import make_cases
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams
+from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
 PARAMS = AblationParams(

@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from kvcompress.core.errors import InputError
-from kvcompress.corpora import (
+from kvcompress.texts.corpora import (
     cut_at,
     documents,
     leading_tokens,
@@ -16,7 +16,7 @@ from kvcompress.corpora import (
     require_disjoint,
     stdlib_topics,
 )
-from kvcompress.params.corpus import CorpusParams
+from kvcompress.texts.params import CorpusParams
 from tests.tiny import prose, tiny_tokenizer
 
 

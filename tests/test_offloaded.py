@@ -17,11 +17,11 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
-from kvcompress.facts import make_cases
 from kvcompress.methods import HeadAwareCompressor, L2Compressor
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, save_tiny, tiny_tokenizer
 
 PLAN = RetentionPlan(((FULL, Retention(2, 30)), (Retention(2, 60), Retention(2, 62))), 4)

@@ -11,8 +11,8 @@ from kvcompress.models.params import ModelParams
 from kvcompress.params.ablation import AblationParams
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
 from kvcompress.params.collect import CollectParams
-from kvcompress.params.corpus import CorpusParams
 from kvcompress.params.plots import PlotParams
+from kvcompress.texts.params import CorpusParams
 from tests.param_sections import CLASSES
 
 DEFAULT = Path(__file__).parents[1] / "params.yaml"

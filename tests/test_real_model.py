@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress.core.artifacts import read_json
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.corpora import documents, load_texts
 from kvcompress.methods import HeadAwareCompressor
+from kvcompress.texts.corpora import documents, load_texts
 from tests.project import ROOT
 from tests.reference.oracle import judged
 

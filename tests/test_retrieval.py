@@ -8,8 +8,8 @@ import torch
 from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
-from kvcompress.facts import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
+from kvcompress.texts.retrieval_tasks import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -10,9 +10,9 @@ from kvcompress.evaluation.benchmark_rows import CHOOSES_ON_READING, benchmark_r
 from kvcompress.evaluation.entrants import Entrant, head_aware
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_contenders
-from kvcompress.facts import Case
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.params.benchmark import FULL, BenchmarkParams
+from kvcompress.texts.retrieval_tasks import Case
 from tests.cache_tools import model_of, tokens
 
 KINDS = Retention(2, 10, 20, "snapkv"), Retention(2, 30), Retention(0, 9, 9, "expected_attention"), FULL_HEAD

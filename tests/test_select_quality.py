@@ -22,11 +22,11 @@ from kvcompress.evaluation.ablation import run_ablation
 from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_continuation
-from kvcompress.facts import make_cases
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.table import SCORES
+from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices
 from tests.tiny import prose, save_tiny, tiny_model, tiny_tokenizer

@@ -16,10 +16,10 @@ from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensiti
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.corpora import documents_of_all
-from kvcompress.facts import FILLER, TEMPLATES, WORDS, CaseMaker
 from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.corpora import documents_of_all
+from kvcompress.texts.retrieval_tasks import FILLER, TEMPLATES, WORDS, CaseMaker
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
 PARAMS = SensitivityParams(

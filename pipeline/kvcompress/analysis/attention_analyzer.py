@@ -25,9 +25,9 @@ from kvcompress.core.artifacts import write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
 from kvcompress.core.params import override
-from kvcompress.corpora import leading_tokens
 from kvcompress.models.load import model_shape
 from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
+from kvcompress.texts.corpora import leading_tokens
 
 __all__ = [
     "HIGH_ENTROPY_THRESHOLD",

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.facts import TEMPLATES, CaseMaker
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.retrieval_tasks import TEMPLATES, CaseMaker
 
 MONOTONY = (
     "Rain falls on the hills. The train leaves at noon. A door is closed. People walk home. So it goes on. ",

@@ -24,10 +24,10 @@ from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError
-from kvcompress.corpora import documents_of_all
 from kvcompress.models import distributed
 from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.texts.corpora import documents_of_all
 
 SHRINK = 0.2  # how far a head's curve is drawn to the mean over heads: few documents measured it
 TENSORS = {"fisher": 3, "joint": 3, "retrieval": 3, "chosen": 3, "lost": 4}  # name -> dimensions

@@ -52,9 +52,9 @@ def analyze(
     from kvcompress.cli.head_map import class_map
     from kvcompress.core.artifacts import write_text
     from kvcompress.core.head_classes import ClassificationFile, save_classifications
-    from kvcompress.corpora import documents_of_all
     from kvcompress.models import distributed
     from kvcompress.params.analysis import StatisticsParams
+    from kvcompress.texts.corpora import documents_of_all
 
     loaded, tokenizer, record = open_model(params)
     batches = documents_of_all(tokenizer, texts, max_tokens, documents_per_text)

@@ -77,7 +77,7 @@ def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokeniz
 
 def read_texts(paths: Sequence[Path] | None) -> dict[str, str]:
     """Name -> text of the files, or the help topics of Python's standard library."""
-    from kvcompress.corpora import stdlib_topics
+    from kvcompress.texts.corpora import stdlib_topics
 
     if not paths:
         return {"pydoc": stdlib_topics("pydoc_data.topics")}

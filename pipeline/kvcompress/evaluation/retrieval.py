@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress.evaluation.scoring import streaming_cache
-from kvcompress.facts import Case
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
 from kvcompress.models.load import input_device
+from kvcompress.texts.retrieval_tasks import Case
 
 
 def answered(logits: Tensor, case: Case) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from kvcompress.core.errors import InputError
-from kvcompress.corpora import leading_tokens
+from kvcompress.texts.corpora import leading_tokens
 
 Task = Literal["passkey", "needle", "lookup"]
 Use = Literal["calibration", "evaluation"]

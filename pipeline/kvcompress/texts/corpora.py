@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from kvcompress.core.artifacts import read_text, replaced_folder, write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.packages import fetch_packaged_file
-from kvcompress.params.corpus import CorpusParams, DatasetText, TextParams
+from kvcompress.texts.params import CorpusParams, DatasetText, TextParams
 
 Split = Literal["calibration", "evaluation"]
 RUN = 200  # characters; a passage of 2 * RUN - 1 that stands in both parts is always found, a shorter one perhaps
