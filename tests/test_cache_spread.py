@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvcompress.cache import spread
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.reading import Reading, attend
-from kvcompress.cache.spread import attend_spread, parts_for
+from kvcompress.ops import cpu_split_kv
+from kvcompress.ops.cpu_split_kv import attend_spread, parts_for
 from tests.cache_tools import compressor_for, model_of, plan_for, tokens
 from tests.reference.oracle import judged
 
@@ -47,7 +47,7 @@ def test_only_idle_cores_make_parts(monkeypatch):
 @pytest.mark.parametrize("plan", ["all_full", "no_sinks", "mixed"])
 def test_decoding_with_parts_agrees_with_the_oracle(monkeypatch, plan):
     model = model_of("llama")
-    monkeypatch.setattr(spread, "WORTHWHILE", 6)
+    monkeypatch.setattr(cpu_split_kv, "WORTHWHILE", 6)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     ids = tokens(1, 40)
     compressor = compressor_for(model, plan)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from benchmarks import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost, step_figure
 from kvcompress.cache import fused
-from kvcompress.cache.decode import Tuning
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.decode_steps import plan_of
+from kvcompress.ops.ragged_decode import Tuning
 from tests.cache_tools import model_of
 from tests.project import ROOT
 

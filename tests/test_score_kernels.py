@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores import launches
+from kvcompress.ops import score_launchers
 from kvcompress.scores.attention import of_a_text, received, which
 from kvcompress.scores.expected_attention import logits_of
 from kvcompress.scores.held import Held
@@ -58,7 +58,7 @@ def wide(held: Held) -> Held:
 )
 def test_attention_among_neighbours(count, size, group, chunk, dtype):
     held = text(count, size, group, dtype)
-    found = launches.among_neighbours(held.queries, held.keys, held.candidates, chunk, 0.7)
+    found = score_launchers.among_neighbours(held.queries, held.keys, held.candidates, chunk, 0.7)
     torch.testing.assert_close(found, non_causal(wide(held), chunk, 0.7), atol=2e-5, rtol=2e-5)
 
 
@@ -93,7 +93,7 @@ def test_logits_of_gaussian_queries(count, size, group):
     held = text(count, size, group, torch.bfloat16)
     mean = torch.randn(2, 2, group, size, device=DEVICE)
     spread = torch.randn(2, 2, group, size, size, device=DEVICE) / size
-    found = launches.gaussian_logits(held.keys, mean, spread, 1.3)
+    found = score_launchers.gaussian_logits(held.keys, mean, spread, 1.3)
     expected = logits_of(held.keys.float(), mean, spread.bfloat16().float(), 1.3)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
@@ -106,7 +106,7 @@ def test_logits_of_gaussian_queries(count, size, group):
 def test_keys_before_rotation(count, size, turning, sketch, dtype):
     held = replace(text(count, size, 1, dtype), rotation=Rotation(turning, 100.0))
     projection = gaussian(size, sketch, 3, DEVICE)
-    found = launches.turned_back(held.keys, held.candidates, held.rotation, projection)
+    found = score_launchers.turned_back(held.keys, held.candidates, held.rotation, projection)
     expected = Leverage(sketch=sketch, seed=3).projected(wide(held))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -117,7 +117,7 @@ def test_keys_before_rotation(count, size, turning, sketch, dtype):
 def test_vectors_turned(count, size, turning, dtype):
     rotation, vectors = Rotation(turning, 100.0), text(count, size, 3, dtype).queries[:, :, ::2]
     at = torch.arange(vectors.shape[2], device=DEVICE)
-    found = launches.turned(vectors, *rotation.cos_sin(-at))
+    found = score_launchers.turned(vectors, *rotation.cos_sin(-at))
     torch.testing.assert_close(found, rotation.turn(vectors.float(), -at), atol=1e-5, rtol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_squared_lengths(count, size):
         torch.randn(2, 3, *shape, device=DEVICE) for shape in ((count, size), (size,), (size, size))
     )
     expected = ((vectors - middle[:, :, None]) @ matrix).square().sum(-1)
-    torch.testing.assert_close(launches.squared_lengths(vectors, middle, matrix), expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(score_launchers.squared_lengths(vectors, middle, matrix), expected, atol=1e-3, rtol=1e-4)
 
 
 LAUNCHED = {
@@ -153,7 +153,7 @@ def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
     found = score(held)
     # Powers of Gaussian queries leave the range of float16: that goes without a kernel.
     assert launched == LAUNCHED[name] - ({"gaussian_logits"} if dtype == torch.float16 else set())
-    monkeypatch.setattr(launches, "can_launch", lambda *tensors: False)
+    monkeypatch.setattr(score_launchers, "can_launch", lambda *tensors: False)
     expected, free = score(held), held.candidates
     # Without the kernel, products of bfloat16 are rounded to it on their way.
     error = (found[free] - expected[free]).abs() / expected[free].abs().mean()
@@ -163,6 +163,6 @@ def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
 
 def test_float32_and_cpus_go_without():
     held = text(50, 16, 1, torch.float32)
-    assert not launches.can_launch(held.queries, held.keys)
+    assert not score_launchers.can_launch(held.queries, held.keys)
     if not CUDA:
-        assert not launches.can_launch(held.queries.bfloat16(), held.keys.bfloat16())
+        assert not score_launchers.can_launch(held.queries.bfloat16(), held.keys.bfloat16())

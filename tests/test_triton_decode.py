@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.kernel_cost import Layer, Shape
-from kvcompress.cache import decode, fused
-from kvcompress.cache.decode import Part, Tuning, can_decode, table_of
+from kvcompress.cache import fused
 from kvcompress.core.retention import Retention
+from kvcompress.ops import ragged_decode
+from kvcompress.ops.ragged_decode import Part, Tuning, can_decode, table_of
 from tests.cache_tools import compressor_for, feed, model_of, padded, tokens
 from tests.triton_tools import (
     CUDA,
@@ -73,7 +74,9 @@ def run(query, parts, heads, seen, scratch=None, tuning=None, pads=None, new=Non
     count = torch.tensor([seen], dtype=torch.int32, device=DEVICE)
     value_size = parts[0].values.shape[-1]
     tuning = tuning or (None if CUDA else Tuning(block=16, programs_per_processor=5, whole=24))
-    out, scratch = decode.decode(query, table_of(parts, heads), value_size, count, pads, None, scratch, tuning, new)
+    out, scratch = ragged_decode.decode(
+        query, table_of(parts, heads), value_size, count, pads, None, scratch, tuning, new
+    )
     assert not scratch.arrivals.any()
     return out.float(), scratch
 
@@ -219,7 +222,7 @@ def test_a_query_may_be_a_view_and_the_scale_given():
     heads_last = torch.randn(2, 32, 6, device=DEVICE)
     count = torch.tensor([30], dtype=torch.int32, device=DEVICE)
     tuning = Tuning(block=16, whole=0)
-    found, _ = decode.decode(heads_last.mT, table_of(parts, 2), 32, count, scale=0.5, tuning=tuning)
+    found, _ = ragged_decode.decode(heads_last.mT, table_of(parts, 2), 32, count, scale=0.5, tuning=tuning)
     expected = reference(heads_last.mT * 0.5 * math.sqrt(32), parts[0].keys, parts[0].values, [30, 30])
     assert error(found, expected) < TOLERANCE[FP32]
 
@@ -236,7 +239,7 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
 
     def counted(*args, new, settled):
         launches.append(settled)
-        return decode.decode(
+        return ragged_decode.decode(
             *args, new=new, settled=settled, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3, whole=8)
         )
 
@@ -329,11 +332,11 @@ def test_a_captured_graph_follows_the_count():
     query, parts, _ = make(4, [5000, 132], 4, 128, 128, BF16)
     parts[0] = parts[0]._replace(capacity=None)
     table, seen = table_of(parts, 2), torch.tensor([4000], dtype=torch.int32, device=DEVICE)
-    _, scratch = decode.decode(query, table, 128, seen)
+    _, scratch = ragged_decode.decode(query, table, 128, seen)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = decode.decode(query, table, 128, seen, scratch=scratch)
+        out, _ = ragged_decode.decode(query, table, 128, seen, scratch=scratch)
     for count in (4000, 4001, 4999, 5000, 140):
         seen.fill_(count)
         out.fill_(POISON)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.cache.decode import Part, Scratch, can_decode, decode, table_of
 from kvcompress.cache.group import Group
 from kvcompress.cache.reading import Reading, sees_all
+from kvcompress.ops.ragged_decode import Part, Scratch, can_decode, decode, table_of
 
 FUSED = True
 

@@ -19,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.spread import attend_spread, parts_for
 from kvcompress.cache.windowed import attend_windowed
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.rotary import Rotation
+from kvcompress.ops.cpu_split_kv import attend_spread, parts_for
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
 LARGE_BLOCK = 1024  # on a GPU, where a block is some thirty launches, and one mask serves all rows of the batch

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.scores import launches
+from kvcompress.ops import score_launchers
 from kvcompress.scores.held import Held
 from kvcompress.scores.history import Received
 
@@ -27,7 +27,7 @@ def received(held: Held, last: int | None = None, most: int | None = None) -> Re
     """
     assert held.queries is not None
     some = which(held.queries.shape[2], last, most)
-    if held.whole and held.limit is None and launches.can_launch(held.queries, held.keys):
+    if held.whole and held.limit is None and score_launchers.can_launch(held.queries, held.keys):
         found = of_a_text(held, some)
     else:
         batch, heads, count = held.keys.shape[:3]
@@ -52,7 +52,7 @@ def of_a_text(held: Held, some: slice) -> Received:
     """The same by a kernel, from some queries of a text, the last among them."""
     assert held.queries is not None
     count, step = held.keys.shape[2], some.step
-    total = launches.received_by_keys(held.queries[:, :, some], held.keys, held.scaling, step)
+    total = score_launchers.received_by_keys(held.queries[:, :, some], held.keys, held.scaling, step)
     asking = len(range(count)[some])
     after = torch.arange(count, device=total.device).neg_().add_(count - 1).div_(step, rounding_mode="floor")
     return Received(total, (after + 1).clamp_max(asking).float().expand_as(total))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores import launches
+from kvcompress.ops import score_launchers
 from kvcompress.scores.attention import which
 from kvcompress.scores.held import Held
 from kvcompress.scores.score import Score, require_at_least
@@ -75,8 +75,8 @@ class ExpectedAttention(Score):
             times = self.times(held.at[:, some], rotation, queries.shape[-1])
         else:
             times = known_times(self, held.asked[some], rotation, queries.shape[-1], queries.device)
-        if held.asked is not None and launches.can_launch(queries):
-            queries = launches.turned(queries, times.cos[0, 0], times.sin[0, 0])
+        if held.asked is not None and score_launchers.can_launch(queries):
+            queries = score_launchers.turned(queries, times.cos[0, 0], times.sin[0, 0])
         else:
             queries = rotation.turn_by(queries.float(), times.cos, times.sin)
         queries = queries.unflatten(1, (held.keys.shape[1], -1))
@@ -119,8 +119,8 @@ def known_times(score: ExpectedAttention, at: range, rotation: Rotation, size: i
 
 def logits_of(keys: Tensor, mean: Tensor, spread: Tensor | None, scaling: float) -> Tensor:
     """s k.m + s^2 k'Ck / 2 of keys `[batch, kv_head, key, head_dim]`, float32 `[batch, kv_head, group, key]`."""
-    if spread is not None and keys.dtype == torch.bfloat16 and launches.can_launch(keys):
-        return launches.gaussian_logits(keys, mean, spread, scaling)
+    if spread is not None and keys.dtype == torch.bfloat16 and score_launchers.can_launch(keys):
+        return score_launchers.gaussian_logits(keys, mean, spread, scaling)
     logits = torch.einsum("bhnd,bhgd->bhgn", keys.float(), mean * scaling)
     if spread is not None:
         # In the precision of the keys, where that has the range; float16 has not.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvcompress.core.errors import InputError
-from kvcompress.scores import launches
+from kvcompress.ops import score_launchers
 from kvcompress.scores.held import Held
 from kvcompress.scores.non_causal import non_causal
 from kvcompress.scores.pooling import pool
@@ -86,16 +86,16 @@ class Leverage(Score):
         # The ridge makes it positive, whatever finite keys there are; to ask whether that worked would wait for the device.
         factor = torch.linalg.cholesky_ex(products + self.ridge * unit).L
         inverse = torch.linalg.solve_triangular(factor.mT, unit, upper=True)
-        if launches.can_launch(held.keys):
-            return launches.squared_lengths(keys, mean.float(), inverse.float())
+        if score_launchers.can_launch(held.keys):
+            return score_launchers.squared_lengths(keys, mean.float(), inverse.float())
         return ((exact - mean[..., None, :]) @ inverse).square().sum(-1).float()
 
     def projected(self, held: Held) -> Tensor:
         """Keys before rotation, projected, float32 `[batch, kv_head, key, sketch]`; 0 where they are no candidates."""
         size, turn = held.keys.shape[-1], held.rotation if self.unrotate else None
         matrix = gaussian(size, self.sketch, self.seed, held.keys.device) if self.sketch < size else None
-        if turn and matrix is not None and held.in_order and launches.can_launch(held.keys):
-            return launches.turned_back(held.keys, held.candidates, turn, matrix)
+        if turn and matrix is not None and held.in_order and score_launchers.can_launch(held.keys):
+            return score_launchers.turned_back(held.keys, held.candidates, turn, matrix)
         keys = held.keys.float()
         keys = turn.turn(keys, -held.positions) if turn else keys
         keys = keys if matrix is None else keys @ matrix

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvcompress.scores import launches
+from kvcompress.ops import score_launchers
 from kvcompress.scores.attention import MASKED, block_size
 from kvcompress.scores.held import Held
 
@@ -26,8 +26,8 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     """
     if held.whole:
         assert held.queries is not None
-        if chunk <= launches.LARGEST_CHUNK and launches.can_launch(held.queries, held.keys):
-            return launches.among_neighbours(held.queries, held.keys, held.candidates, chunk, scale)
+        if chunk <= score_launchers.LARGEST_CHUNK and score_launchers.can_launch(held.queries, held.keys):
+            return score_launchers.among_neighbours(held.queries, held.keys, held.candidates, chunk, scale)
         return _of_a_text(held, chunk, scale)
     batch, heads, count = held.keys.shape[:3]
     queries, at = held.grouped_queries, held.at

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.cache.decode import kernel, power_from, processors
 from kvcompress.models.rotary import Rotation
+from kvcompress.ops.ragged_decode import kernel, power_from, processors
 
 LARGEST_SIZE = 256  # of a head
 LARGEST_CHUNK = 256  # whose keys a program can hold
@@ -33,12 +33,12 @@ def can_launch(*tensors: Tensor) -> bool:
 def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, scale: float) -> Tensor:
     """`non_causal` of a text: queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`,
     there bool `[batch, kv_head, token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK."""
-    from kvcompress.scores import attention_kernels
+    from kvcompress.ops import attention_sum_kernels
 
     batch, heads, count, size = keys.shape
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
     with on(keys.device):
-        attention_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
+        attention_sum_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
             *laid_out(queries),
             *laid_out(keys),
             there.contiguous(),
@@ -62,7 +62,7 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
     """Causal attention that the keys `[batch, kv_head, token, head_dim]` of a text receive from queries `[batch,
     query_head, query, head_dim]`, summed, mean over a KV head's query heads: float32 `[batch, kv_head, token]`. The
     queries are those of its last token and of the tokens `step`, 2 `step`, ... before."""
-    from kvcompress.scores import attention_kernels
+    from kvcompress.ops import attention_sum_kernels
 
     batch, heads, count, size = keys.shape
     query_heads, asking = queries.shape[1:3]
@@ -74,10 +74,10 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
     sizes |= {"ROWS": rows, "KEYS": columns}
     numbers = heads, asking, count, step, scale * log2(e)
     with on(keys.device):
-        attention_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
+        attention_sum_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
             *vectors, sums, *numbers, **sizes, num_warps=4
         )
-        attention_kernels.received_by_keys[(-(-count // columns), batch * heads)](
+        attention_sum_kernels.received_by_keys[(-(-count // columns), batch * heads)](
             *vectors, sums, out, *numbers, **sizes, num_warps=4
         )
     return out
@@ -86,7 +86,7 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
 def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor, scaling: float) -> Tensor:
     """s k.m + s^2 k'Ck / 2: keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, spread `[..,
     head_dim, head_dim]` -> float32 `[batch, kv_head, group, key]`."""
-    from kvcompress.scores import key_kernels
+    from kvcompress.ops import key_kernels
 
     batch, heads, count, size = keys.shape
     group, rows = mean.shape[2], 64
@@ -115,7 +115,7 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
 
     `there` bool `[batch, kv_head, token]`, others are 0.
     """
-    from kvcompress.scores import key_kernels
+    from kvcompress.ops import key_kernels
 
     batch, heads, count, size = keys.shape
     sketch, half, rest, rows = projection.shape[1], rotation.dim // 2, size - rotation.dim, 128
@@ -145,7 +145,7 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
 
 def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`Rotation.turn_by` of vectors `[batch, head, row, head_dim]` with cos and sin `[row, plane]`, as float32."""
-    from kvcompress.scores import key_kernels
+    from kvcompress.ops import key_kernels
 
     batch, heads, count, size = vectors.shape
     half, rows = cos.shape[1], 32
@@ -172,7 +172,7 @@ def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
     """|(x - middle) matrix| ** 2: vectors `[batch, kv_head, key, size]`, middle `[batch, kv_head, size]`, matrix `[batch,
     kv_head, size, size]`, all float32 -> `[batch, kv_head, key]`."""
-    from kvcompress.scores import key_kernels
+    from kvcompress.ops import key_kernels
 
     batch, heads, count, size = vectors.shape
     rows = 128

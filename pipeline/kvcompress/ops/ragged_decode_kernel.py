@@ -20,8 +20,8 @@ cache grows within its storage. Importing this file needs triton.
 import triton
 import triton.language as tl
 
-from kvcompress.cache.decode_line import boundary_of, program_of
-from kvcompress.cache.decode_softmax import CAPACITY, FIELDS, UNBOUNDED, attend_blocks, fetch_ahead, merge_partial, put
+from kvcompress.ops.online_softmax import CAPACITY, FIELDS, UNBOUNDED, attend_blocks, fetch_ahead, merge_partial, put
+from kvcompress.ops.work_partition import boundary_of, program_of
 
 
 @triton.jit(do_not_specialize=["settled"])

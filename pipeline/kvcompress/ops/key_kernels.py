@@ -7,7 +7,7 @@ kernels.
 import triton
 import triton.language as tl
 
-from kvcompress.scores.attention_kernels import of_head, rows_of
+from kvcompress.ops.attention_sum_kernels import of_head, rows_of
 
 PRECISE = tl.constexpr("tf32x3")  # three products of tensor cores, next to float32's own precision
 

@@ -119,7 +119,7 @@ def overlaps(device: torch.device) -> bool:
 def kernel() -> Any:
     """The kernel's module, or None (after a warning) where triton is there but cannot build anything."""
     try:
-        from kvcompress.cache import decode_kernel
+        from kvcompress.ops import ragged_decode_kernel
     except ImportError:
         return None
     if torch.cuda.is_available():
