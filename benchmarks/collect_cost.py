@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.evaluation.timing import devices_of, timed
 from kvcompress.models.load import input_device, load_folder

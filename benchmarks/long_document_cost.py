@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.collect_cost import random_tokens, resident
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 
 HEADS, HEAD_DIM, BYTES = 1, 8, 4

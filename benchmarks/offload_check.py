@@ -17,8 +17,8 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kvcompress.analysis.attention_sums import HEAD_SUMS
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.sums import HEAD_SUMS
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.environment import environment

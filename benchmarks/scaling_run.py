@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import typer
 
-from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
+from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.ablation import compare

@@ -8,9 +8,9 @@ import typer
 from kvcompress.analysis.price_data import price_rows
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.analysis.statistics import load_statistics
 from kvcompress.core.artifacts import read_model, replaced_folder, write_json, write_text
 from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.models.load import ModelRecord

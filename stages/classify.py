@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.classification import classify_heads
-from kvcompress.analysis.statistics import load_statistics
+from kvcompress.analysis.params import ThresholdParams
 from kvcompress.core.head_classes import save_classifications
+from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.params import load_section
-from kvcompress.params.analysis import ThresholdParams
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

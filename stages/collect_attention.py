@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.params import CollectParams
 from kvcompress.core.artifacts import read_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.params.collect import CollectParams
 from kvcompress.texts.corpora import documents_of_all, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

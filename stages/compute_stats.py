@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.analysis.attention_sums import AttentionSums
-from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
+from kvcompress.collect.params import StatisticsParams
+from kvcompress.collect.statistics import compute_statistics, describe_measure
+from kvcompress.collect.sums import AttentionSums
+from kvcompress.core.head_statistics import save_statistics
 from kvcompress.core.params import load_section
-from kvcompress.params.analysis import StatisticsParams
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.classification import classify_heads
+from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.analysis.report import class_metrics, validation_report
-from kvcompress.analysis.statistics import load_statistics, require_same_model
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.head_classes import load_classifications, save_classifications
+from kvcompress.core.head_statistics import load_statistics, require_same_model
 from kvcompress.core.params import load_section
-from kvcompress.params.analysis import ThresholdParams, WindowParams
 from stages.common import ParamsFile, run, stage_app
 
 app = stage_app()

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.analysis.statistics import load_statistics, require_same_model
 from kvcompress.core.artifacts import write_text
 from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.head_statistics import load_statistics, require_same_model
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.page.document import document

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from kvcompress.analysis.statistics import HeadStatistics, save_statistics
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
+from kvcompress.core.head_statistics import HeadStatistics, save_statistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from stages.report import main

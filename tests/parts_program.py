@@ -24,11 +24,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import stages  # noqa: F401 (puts this copy's pipeline first)
-from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cli import main as program
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.params import CollectParams
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
@@ -42,7 +43,6 @@ from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.models.tensor_parallel import share
-from kvcompress.params.collect import CollectParams
 from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged

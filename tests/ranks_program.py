@@ -11,7 +11,7 @@ import sys
 import torch
 
 import stages  # noqa: F401 (puts this copy's pipeline first)
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.collect.collect import collect_attention
 from kvcompress.models import distributed
 from tests.tiny import tiny_model
 

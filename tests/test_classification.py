@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvcompress.analysis.classification import classify_first_pass, classify_heads, classify_refined
+from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.analysis.report import class_metrics, validation_report
-from kvcompress.analysis.statistics import HeadStatistics, load_statistics
 from kvcompress.core.head_classes import (
     HeadClassification,
     HeadType,
@@ -15,7 +15,7 @@ from kvcompress.core.head_classes import (
     load_classifications,
     save_classifications,
 )
-from kvcompress.params.analysis import ThresholdParams, WindowParams
+from kvcompress.core.head_statistics import HeadStatistics, load_statistics
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared/reference/pythia-2.8b"
 published = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published data in {REFERENCE}")

@@ -5,17 +5,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress.analysis import observe
-from kvcompress.analysis.attention_sums import DISTANCES, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.analysis.classification import classify_heads
-from kvcompress.analysis.collect import collect_attention
-from kvcompress.analysis.induction import add_induction
-from kvcompress.analysis.observe import MASKED, NAME, observing, require_observable
-from kvcompress.analysis.statistics import HeadStatistics, compute_statistics
+from kvcompress.collect import observer
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.induction import add_induction
+from kvcompress.collect.observer import MASKED, NAME, observing, require_observable
+from kvcompress.collect.params import StatisticsParams
+from kvcompress.collect.statistics import compute_statistics
+from kvcompress.collect.sums import DISTANCES, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.models.load import model_shape
-from kvcompress.params.analysis import StatisticsParams
 from tests.reference.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -65,14 +66,14 @@ def test_heads_of_a_block_come_one_after_the_other_where_it_is_large(
     model, text = tiny_model(name), tokens(150)
     together = collect_attention(model, [text], 64, progress=False)
     kv_heads, sizes = model_shape(model.config).num_key_value_heads, []
-    monkeypatch.setitem(observe.BLOCK_LIMITS, "cpu", (2**10, 32))
-    plain = observe.hide
+    monkeypatch.setitem(observer.BLOCK_LIMITS, "cpu", (2**10, 32))
+    plain = observer.hide
 
     def noting(scores: torch.Tensor, first: int, window: int | None) -> None:
         sizes.append(len(scores))
         plain(scores, first, window)
 
-    monkeypatch.setattr(observe, "hide", noting)
+    monkeypatch.setattr(observer, "hide", noting)
     apart = collect_attention(model, [text], 64, progress=False)
     assert min(sizes) == 4 // kv_heads  # the query heads of one KV head
     for key, tensor in together.tensors.items():

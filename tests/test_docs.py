@@ -4,9 +4,9 @@ import re
 from dataclasses import fields
 
 from kvcompress.analysis.classification import classify_first_pass, classify_refined
-from kvcompress.analysis.statistics import REGIONS, HeadStatistics
 from kvcompress.cache.choices import Choosing
 from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_statistics import REGIONS, HeadStatistics
 from kvcompress.core.params import SECTIONS
 from kvcompress.core.retention import Strategy
 from kvcompress.planning.policies import POLICIES

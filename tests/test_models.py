@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, Qwen3NextConfig, T5Config
 
-from kvcompress.analysis.observe import require_observable
+from kvcompress.collect.observer import require_observable
 from kvcompress.core import packages
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.packages import PackagedFile, fetch_packaged_file, read_member

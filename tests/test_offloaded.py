@@ -9,8 +9,8 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import offload_check
-from kvcompress.analysis.collect import collect_attention
 from kvcompress.analysis.sensitivity import measure_sensitivity
+from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import read_json
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention

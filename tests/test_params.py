@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from kvcompress.analysis.params import ThresholdParams, WindowParams
+from kvcompress.collect.params import CollectParams, StatisticsParams
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SECTIONS, load_section
 from kvcompress.models.machine_params import MachineParams
 from kvcompress.models.params import ModelParams
 from kvcompress.params.ablation import AblationParams
-from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
-from kvcompress.params.collect import CollectParams
 from kvcompress.params.plots import PlotParams
 from kvcompress.texts.params import CorpusParams
 from tests.param_sections import CLASSES

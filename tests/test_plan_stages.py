@@ -9,10 +9,10 @@ import pytest
 
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.analysis.statistics import load_statistics
 from kvcompress.cache.choices import evidence_slots
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
+from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.ablation_report import report

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvcompress.analysis.attention_sums import AttentionSums
-from kvcompress.analysis.collect import collect_attention
-from kvcompress.analysis.precision import FEWEST, precise_enough, standard_errors
-from kvcompress.analysis.statistics import compute_statistics
-from kvcompress.params.analysis import StatisticsParams
-from kvcompress.params.collect import CollectParams
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.params import CollectParams, StatisticsParams
+from kvcompress.collect.standard_errors import FEWEST, precise_enough, standard_errors
+from kvcompress.collect.statistics import compute_statistics
+from kvcompress.collect.sums import AttentionSums
 from tests.tiny import VOCABULARY, tiny_model
 
 SINKS = 3

@@ -147,9 +147,9 @@ def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
     held, score, launched = text(600, 64, 3, dtype), make_score(name), set()
     held = replace(held, rotation=Rotation(64, 100.0))
     for launch in set.union(*LAUNCHED.values()):
-        real = getattr(launches, launch)
+        real = getattr(score_launchers, launch)
         noted = lambda *args, real=real, launch=launch: (launched.add(launch), real(*args))[1]  # noqa: E731
-        monkeypatch.setattr(launches, launch, noted)
+        monkeypatch.setattr(score_launchers, launch, noted)
     found = score(held)
     # Powers of Gaussian queries leave the range of float16: that goes without a kernel.
     assert launched == LAUNCHED[name] - ({"gaussian_logits"} if dtype == torch.float16 else set())

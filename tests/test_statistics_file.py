@@ -8,19 +8,14 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from kvcompress.analysis.attention_sums import AttentionSums
-from kvcompress.analysis.collect import collect_attention
-from kvcompress.analysis.statistics import (
-    compute_statistics,
-    describe_measure,
-    load_statistics,
-    require_same_model,
-    save_statistics,
-)
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.params import StatisticsParams
+from kvcompress.collect.statistics import compute_statistics, describe_measure
+from kvcompress.collect.sums import AttentionSums
 from kvcompress.core.artifacts import write_tensors
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
-from kvcompress.params.analysis import StatisticsParams
+from kvcompress.core.head_statistics import load_statistics, require_same_model, save_statistics
 from tests.tiny import tiny_model
 
 ORIGIN = {"model_id": "tiny", "revision": "1", "num_key_value_heads": 2}

@@ -18,15 +18,17 @@ from kvcompress.analysis.classification import (
     LOW_ENTROPY_THRESHOLD,
     classify_heads,
 )
-from kvcompress.analysis.collect import collect_attention
+from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.analysis.report import analysis_summary
-from kvcompress.analysis.statistics import HeadStatistics, compute_statistics, describe_measure, save_statistics
+from kvcompress.collect.collect import collect_attention
+from kvcompress.collect.params import StatisticsParams
+from kvcompress.collect.statistics import compute_statistics, describe_measure
 from kvcompress.core.artifacts import write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
+from kvcompress.core.head_statistics import HeadStatistics, save_statistics
 from kvcompress.core.params import override
 from kvcompress.models.load import model_shape
-from kvcompress.params.analysis import StatisticsParams, ThresholdParams, WindowParams
 from kvcompress.texts.corpora import leading_tokens
 
 __all__ = [

@@ -7,10 +7,10 @@ reproduce. A class describes a head; it does not price it.
 
 from collections.abc import Sequence
 
-from kvcompress.analysis.statistics import HeadStatistics
+from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.core.head_classes import HeadClassification, HeadType
+from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.core.retention import UNBOUNDED, Strategy
-from kvcompress.params.analysis import ThresholdParams, WindowParams
 
 LOW_ENTROPY_THRESHOLD = 1.5  # nats; below: candidate for a positional head
 HIGH_ENTROPY_THRESHOLD = 3.0  # nats; from here: gathering

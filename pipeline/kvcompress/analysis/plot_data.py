@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from kvcompress.analysis.statistics import HeadStatistics
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.head_statistics import HeadStatistics
 
 
 def save_plot_data(

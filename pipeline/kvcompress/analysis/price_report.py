@@ -9,8 +9,8 @@ from scipy.stats import spearmanr
 from kvcompress.analysis.price_data import near_window
 from kvcompress.analysis.report import REFINED, RULE, model_lines, section
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.analysis.statistics import StatisticsFile
 from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.head_statistics import StatisticsFile
 
 SHOWN = 10  # dearest heads
 

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, pstdev
 
-from kvcompress.analysis.statistics import REGIONS, HeadStatistics
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
+from kvcompress.core.head_statistics import REGIONS, HeadStatistics
 from kvcompress.core.retention import STRATEGIES, Retention, join_query_heads
 
 RULE, LINE = "=" * 80, "-" * 40

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcompress.analysis.calibration_facts import calibration_facts
 from kvcompress.analysis.choice_changes import Choice, priced_choices
 from kvcompress.analysis.joint_price import joint_prices
-from kvcompress.analysis.observe import require_observable
 from kvcompress.analysis.retrieval_price import retrieval_prices
 from kvcompress.analysis.text_price import text_prices
+from kvcompress.collect.observer import require_observable
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed

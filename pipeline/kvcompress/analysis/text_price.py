@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at
 from kvcompress.analysis.listen import listening
-from kvcompress.analysis.observe import block_size
 from kvcompress.analysis.slot_changes import slot_changes
+from kvcompress.collect.observer import block_size
 from kvcompress.models.load import input_device
 from kvcompress.models.rotary import Rotation
 

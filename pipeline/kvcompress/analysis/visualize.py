@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.class_style import LABELS, STYLE
-from kvcompress.analysis.statistics import TAIL_EDGES, HeadStatistics
+from kvcompress.analysis.params import ThresholdParams
 from kvcompress.core.artifacts import atomic_path
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
-from kvcompress.params.analysis import ThresholdParams
+from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
 
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.analysis.observe import hide
+from kvcompress.collect.observer import hide
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -46,14 +46,15 @@ def analyze(
     texts = read_texts(text)
 
     from kvcompress.analysis.classification import classify_heads
-    from kvcompress.analysis.collect import collect_attention
     from kvcompress.analysis.report import validation_report
-    from kvcompress.analysis.statistics import compute_statistics, describe_measure, save_statistics
     from kvcompress.cli.head_map import class_map
+    from kvcompress.collect.collect import collect_attention
+    from kvcompress.collect.params import StatisticsParams
+    from kvcompress.collect.statistics import compute_statistics, describe_measure
     from kvcompress.core.artifacts import write_text
     from kvcompress.core.head_classes import ClassificationFile, save_classifications
+    from kvcompress.core.head_statistics import save_statistics
     from kvcompress.models import distributed
-    from kvcompress.params.analysis import StatisticsParams
     from kvcompress.texts.corpora import documents_of_all
 
     loaded, tokenizer, record = open_model(params)

@@ -41,7 +41,7 @@ def show(
 
         class_map(load_classifications(file))
     elif "head_statistics" in content:
-        from kvcompress.analysis.statistics import load_statistics
+        from kvcompress.core.head_statistics import load_statistics
 
         if field not in FIELDS:
             raise InputError(f"--field is {field!r}, expected one of {', '.join(FIELDS)}")

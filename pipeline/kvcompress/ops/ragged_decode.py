@@ -130,7 +130,7 @@ def kernel() -> Any:
         except Exception as error:
             warnings.warn(f"triton cannot be used, decoding goes group by group: {error}", stacklevel=2)
             return None
-    return decode_kernel
+    return ragged_decode_kernel
 
 
 def can_decode(query: Tensor, keys: Tensor, values: Tensor) -> bool:

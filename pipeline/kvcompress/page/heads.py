@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvcompress.analysis.class_style import LABELS
-from kvcompress.analysis.statistics import HeadStatistics
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvcompress.analysis.statistics import StatisticsFile
 from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.head_statistics import StatisticsFile
 from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_report import counted, origin
 from kvcompress.page.facts import heat_maps

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
+from kvcompress.collect.sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, use_attention
 from kvcompress.models.head_shards import Part, part_of

@@ -8,15 +8,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress.analysis.attention_sums import HEAD_SUMS, AttentionSums
-from kvcompress.analysis.induction import add_induction
-from kvcompress.analysis.observe import AttentionObserver, observing, require_observable
-from kvcompress.analysis.precision import precise_enough
+from kvcompress.collect.induction import add_induction
+from kvcompress.collect.observer import AttentionObserver, observing, require_observable
+from kvcompress.collect.params import CollectParams
+from kvcompress.collect.standard_errors import precise_enough
+from kvcompress.collect.sums import HEAD_SUMS, AttentionSums
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
 from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device
-from kvcompress.params.collect import CollectParams
 
 
 def collect_attention(

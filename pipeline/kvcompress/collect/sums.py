@@ -36,7 +36,7 @@ HEAD_SUMS: dict[str, tuple[int, ...]] = {
     # of each document's sums S over its n queries: S squared, and S times n; what standard errors follow from
     "entropy_by_document": (2,),
     "sinks_by_document": (2, SINK_POSITIONS),  # S: weight on the first k + 1 keys
-    "induction": (),  # induction scores (kvcompress.analysis.induction), added up over probes
+    "induction": (),  # induction scores (kvcompress.collect.induction), added up over probes
 }
 # What is counted for each layer: name -> trailing shape of the tensor [layer, ...].
 LAYER_COUNTS: dict[str, tuple[int, ...]] = {

@@ -1,30 +1,10 @@
-"""Sections `statistics`, `thresholds` and `windows`: dials of the analysis that act without the model."""
+"""Sections `thresholds` and `windows`: bounds between the classes and the windows these get."""
 
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from kvcompress.core.params import Count, SectionParams, Share
-
-
-class StatisticsParams(SectionParams):
-    """Which keys count as sinks, local and recent; the bounds are what the collected sums can answer."""
-
-    section = "statistics"
-
-    sink_size: Annotated[int, Field(ge=1, le=64)] = 4
-    local_window: Annotated[int, Field(ge=1, le=64)] = 8
-    recent_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-    @property
-    def recent_percent(self) -> int:
-        return round(100 * self.recent_ratio)
-
-    @model_validator(mode="after")
-    def recent_is_whole_percent(self) -> "StatisticsParams":
-        if self.recent_percent < 1 or abs(self.recent_percent / 100 - self.recent_ratio) > 1e-9:
-            raise ValueError(f"recent_ratio is {self.recent_ratio}, expected a multiple of 0.01")
-        return self
 
 
 class ThresholdParams(SectionParams):

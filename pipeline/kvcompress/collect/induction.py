@@ -7,8 +7,8 @@ token after its first occurrence, `length - 1` tokens back (Olsson et al. 2022, 
 import torch
 from transformers import PreTrainedModel
 
-from kvcompress.analysis.attention_sums import AttentionSums
-from kvcompress.analysis.observe import observing
+from kvcompress.collect.observer import observing
+from kvcompress.collect.sums import AttentionSums
 from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device
 

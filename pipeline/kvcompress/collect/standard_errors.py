@@ -14,8 +14,8 @@ bounds, more text changes the class of those heads alone that stand on a bound, 
 
 import numpy as np
 
-from kvcompress.analysis.attention_sums import AttentionSums
-from kvcompress.params.collect import CollectParams
+from kvcompress.collect.params import CollectParams
+from kvcompress.collect.sums import AttentionSums
 
 FEWEST = 8  # documents, below which a standard error is itself too uncertain to stop by
 
