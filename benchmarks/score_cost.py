@@ -25,9 +25,9 @@ from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.choosing import best
-from kvcompress.scores.held import Held
-from kvcompress.scores.table import SCORES, make_score
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import SCORES, make_score
+from kvcompress.scores.topk import best
 
 ATTENTION = "attention"
 app = typer.Typer(add_completion=False)

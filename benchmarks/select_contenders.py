@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
@@ -12,7 +11,8 @@ from kvcompress.methods import AdaptiveCompressor
 from kvcompress.models.load import model_shape
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing
 
 
 def select_contenders(

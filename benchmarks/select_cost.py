@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 from benchmarks.step_models import config_of, random_model
 from benchmarks.step_parts import forget
 from kvcompress.cache.attention import attached
-from kvcompress.cache.choices import Choosing
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.core.plan import RetentionPlan
@@ -40,7 +39,8 @@ from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.architecture import ModelShape
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing
 
 WINDOW, SINKS = "window", 4
 FIRST = 3  # steps before those that are timed: to compile, to capture, to replay

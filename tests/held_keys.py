@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import Held
 
 BATCH, HEADS, GROUP, SIZE, PROMPT = 2, 2, 3, 12, 40
 ROTATION = Rotation(8, 100.0)  # partial: four of a head's twelve dimensions do not turn

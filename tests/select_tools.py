@@ -2,11 +2,11 @@
 
 import torch
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.models.architecture import ModelShape
+from kvcompress.scores.selection_rule import Choosing
 from tests.cache_tools import LAYERS, feed, inputs_for, real
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

@@ -5,14 +5,14 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress.cache.adaptive_layer import AdaptiveLayer, divided
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import Shared
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.scores.held import Held
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing
 from kvcompress.scores.snapkv import SnapKV
-from kvcompress.scores.table import SCORES
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.reference.recorded import recorded_choices
 from tests.select_tools import CHOOSING, replayed, uniform

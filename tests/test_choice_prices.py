@@ -12,10 +12,10 @@ from kvcompress.analysis.slot_changes import slot_changes
 from kvcompress.analysis.text_price import part, text_prices
 from kvcompress.analysis.window_changes import window_changes
 from kvcompress.cache.attention import attached
-from kvcompress.cache.choices import Choosing
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.scores.selection_rule import Choosing
 from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model
 

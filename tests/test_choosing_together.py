@@ -8,7 +8,7 @@ from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import Shared
 from kvcompress.core.retention import Retention
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.reference.recorded import recorded_choices
 from tests.select_tools import CHOOSING, select_compressor, select_layers

@@ -4,13 +4,13 @@ import re
 from dataclasses import fields
 
 from kvcompress.analysis.classification import classify_first_pass, classify_refined
-from kvcompress.cache.choices import Choosing
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.head_statistics import REGIONS, HeadStatistics
 from kvcompress.core.params import SECTIONS
 from kvcompress.core.retention import Strategy
 from kvcompress.planning.policies import POLICIES
-from kvcompress.scores.table import SCORES, make_score
+from kvcompress.scores.registry import SCORES, make_score
+from kvcompress.scores.selection_rule import Choosing
 from tests.project import ROOT
 
 TEXT = (ROOT / "docs/measures.md").read_text()

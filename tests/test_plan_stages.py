@@ -9,7 +9,6 @@ import pytest
 
 from kvcompress.analysis.price_report import price_report
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.cache.choices import evidence_slots
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
@@ -17,6 +16,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
+from kvcompress.scores.selection_rule import evidence_slots
 from tests.project import copy_project, stage_here
 from tests.tiny import CONFIGS
 

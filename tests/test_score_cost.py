@@ -5,7 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from benchmarks import score_cost
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
 
 run = CliRunner().invoke
 

@@ -11,12 +11,12 @@ import torch
 
 from kvcompress.models.rotary import Rotation
 from kvcompress.ops import score_launchers
-from kvcompress.scores.attention import of_a_text, received, which
+from kvcompress.scores.attention_received import of_a_text, received, which
+from kvcompress.scores.chunk_attention import non_causal
+from kvcompress.scores.compactor import Leverage, gaussian
 from kvcompress.scores.expected_attention import logits_of
-from kvcompress.scores.held import Held
-from kvcompress.scores.leverage import Leverage, gaussian
-from kvcompress.scores.non_causal import non_causal
-from kvcompress.scores.table import make_score
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import make_score
 from tests.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
 
 HALF = [torch.bfloat16, torch.float16]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcompress.scores.choosing import best
-from kvcompress.scores.table import SCORES, make_score
+from kvcompress.scores.registry import SCORES, make_score
+from kvcompress.scores.topk import best
 from tests.held_keys import CASES
 from tests.reference.slow_scores import Slow
 
@@ -41,8 +41,8 @@ def test_score_is_its_definition(name: str, parameters: dict, case: str, monkeyp
 def test_leverage_of_many_queries_is_its_definition_too(
     parameters: dict, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcompress.scores.non_causal.FEW", 0)
-    monkeypatch.setattr("kvcompress.scores.non_causal.block_size", lambda weights, device: 6)
+    monkeypatch.setattr("kvcompress.scores.chunk_attention.FEW", 0)
+    monkeypatch.setattr("kvcompress.scores.chunk_attention.block_size", lambda weights, device: 6)
     held, score = CASES[case](), make_score("leverage", **parameters)
     assert torch.allclose(score(held).double(), Slow(held).answer("leverage", score), rtol=1e-5, atol=1e-5)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvcompress.core.errors import InputError
-from kvcompress.scores.choosing import best
-from kvcompress.scores.table import make_score
+from kvcompress.scores.registry import make_score
+from kvcompress.scores.topk import best
 from tests.held_keys import prompt, with_stays
 
 

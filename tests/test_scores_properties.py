@@ -9,12 +9,12 @@ from torch import Tensor
 from kvcompress.analysis.listen import listening
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.attention import received
+from kvcompress.scores.attention_received import received
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.compactor import Leverage
 from kvcompress.scores.expected_attention import ExpectedAttention
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
-from kvcompress.scores.leverage import Leverage
-from kvcompress.scores.table import SCORES, make_score
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import SCORES, make_score
 from tests.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.ragged import RaggedLayer
@@ -13,8 +12,9 @@ from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelEr
 from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.methods.compressor import UniformCompressor
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing
 from kvcompress.scores.snapkv import SnapKV
-from kvcompress.scores.table import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.reference.oracle import judged
 from tests.select_tools import CHOOSING, furthest, select_compressor, select_layers, uniform

@@ -8,14 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvcompress.cache.choices import Choosing, of_head
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.select.record import of_head
 from kvcompress.core.retention import Retention
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
-from kvcompress.scores.table import SCORES, make_score
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import SCORES, make_score
+from kvcompress.scores.selection_rule import Choosing
 from tests.reference.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.core.retention import Retention
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing
 from tests.cache_tools import model_of, padded, tokens
 from tests.select_tools import furthest, select_compressor, select_layers
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvcompress.cache import fused
-from kvcompress.cache.choices import Choosing
 from kvcompress.graphs import GraphedDecoder
+from kvcompress.scores.selection_rule import Choosing
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.graph_stand_in import stand_in
 from tests.reference.recorded import recorded_choices

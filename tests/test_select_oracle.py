@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvcompress.scores.registry import SCORES
 from kvcompress.scores.snapkv import SnapKV
-from kvcompress.scores.table import SCORES
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.reference.recorded import recorded_choices
 from tests.select_tools import CHOOSING, furthest, replayed, select_compressor, select_layers

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
 from kvcompress.core.retention import Retention
+from kvcompress.scores.selection_rule import Choosing
 
 SCORES = st.sampled_from(["key_norm", "key_diff", "snapkv", "accumulated_attention"])
 chosen = st.builds(Retention, st.integers(0, 4), st.integers(1, 8), st.integers(1, 9), SCORES)

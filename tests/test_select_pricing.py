@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.core.retention import FULL, Retention, require_possible
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.choosing import NEVER, ChoosingPricing
 from kvcompress.planning.policies import Planner
 from kvcompress.planning.pricing import numbers
 from kvcompress.planning.shapes import flat
+from kvcompress.scores.selection_rule import Choosing, evidence_slots
 from tests.test_policies import CONTEXT, KV_HEADS, LAYERS, WINDOWS, sensitivity
 
 

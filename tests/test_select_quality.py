@@ -14,7 +14,6 @@ from benchmarks import select_quality
 from benchmarks.select_contenders import select_contenders
 from benchmarks.select_quality import app
 from kvcompress.analysis.sensitivity import measure_sensitivity
-from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
@@ -25,7 +24,8 @@ from kvcompress.evaluation.scoring import score_continuation
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
+from kvcompress.scores.selection_rule import Choosing, evidence_slots
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

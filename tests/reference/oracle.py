@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.choices import Choice, Choices, of_head
+from kvcompress.cache.select.record import Choice, Choices, of_head
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import Retention
 from kvcompress.models.attention_interface import use_attention

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvcompress.cache.choices import Choices
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.select.record import Choices
 
 
 @contextmanager

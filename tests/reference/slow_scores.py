@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvcompress.scores.held import Held
-from kvcompress.scores.score import Score
+from kvcompress.scores.base import Score
+from kvcompress.scores.inputs import Held
 
 
 def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:

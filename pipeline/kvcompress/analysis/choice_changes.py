@@ -1,7 +1,7 @@
 """What a head's output loses when some of its slots hold keys that a score chose, and the others a window.
 
 As with windows alone (`window_changes`) the output over fewer keys is the same softmax rescaled; to the sums over sinks
-and window those over the chosen keys are added. Keys are chosen as the cache does (`kvcompress.cache.choices`), with three
+and window those over the chosen keys are added. Keys are chosen as the cache does (`kvcompress.scores.selection_rule`), with three
 differences. It can take back nothing that it once gave up, here every choice is between all older keys. It ranks by the
 last few queries once the prompt is read, here all queries so far count. And one ranking serves all sizes, so that scores
 which compare keys with each other see those in the window too.
@@ -19,9 +19,9 @@ from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models.load import model_shape
 from kvcompress.models.rotary import Rotation
 from kvcompress.params.sensitivity import SensitivityParams
-from kvcompress.scores.choosing import best
-from kvcompress.scores.held import Held
-from kvcompress.scores.table import make_score
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.registry import make_score
+from kvcompress.scores.topk import best
 
 STEP = 64  # tokens between two choices; windows are no shorter
 

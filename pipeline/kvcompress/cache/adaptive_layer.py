@@ -16,7 +16,7 @@ from kvcompress.cache.choosing_prompt import Prompt
 from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
-from kvcompress.scores.choosing import ranking
+from kvcompress.scores.topk import ranking
 
 
 class AdaptiveLayer(ChoosingLayer):

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvcompress.cache.choices import Choice, Choosing
 from kvcompress.cache.exchange import Evidence, Exchange, Known
 from kvcompress.cache.group import Group
 from kvcompress.cache.padding import Padding
+from kvcompress.cache.select.record import Choice
 from kvcompress.cache.storage import Meter, storage_bytes
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
-from kvcompress.scores.choosing import best, first, ranking
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.topk import best, first, ranking
 
 
 class ChoosingGroup(Group):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.cache.choices import Choice, require_free_of_queries
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.choosing_prompt import choose_of_prompt
 from kvcompress.cache.choosing_together import choose, choose_due
@@ -20,9 +19,11 @@ from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.reading import Reading, read
 from kvcompress.cache.recent_queries import RecentQueries
+from kvcompress.cache.select.record import Choice
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.core.retention import Retention
+from kvcompress.scores.selection_rule import require_free_of_queries
 
 
 class ChoosingLayer(RaggedLayer):

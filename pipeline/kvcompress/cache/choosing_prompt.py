@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.exchange import Evidence
-from kvcompress.scores.choosing import ranking
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
-from kvcompress.scores.score import Score
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.base import Score
+from kvcompress.scores.inputs import Held
+from kvcompress.scores.topk import ranking
 
 
 def choose_of_prompt(groups: Sequence[ChoosingGroup], keys: Tensor, values: Tensor, evidence: Evidence) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress.cache.padding import Padding
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
 
 
 @dataclass(frozen=True)

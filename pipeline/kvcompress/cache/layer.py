@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.cache.beside import Beside
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_group import ChoosingGroup
 from kvcompress.cache.exchange import Evidence
 from kvcompress.cache.fused import Fused
@@ -27,6 +26,7 @@ from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.models.head_shards import WHOLE, Part
 from kvcompress.models.rotary import Rotation
+from kvcompress.scores.selection_rule import Choosing
 
 Prefill = Literal["exact", "streaming"]
 

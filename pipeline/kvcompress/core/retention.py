@@ -6,7 +6,7 @@ renumbered. A window of -1 has no bound; a pruned head sees nothing, holds nothi
 
 A head with `chosen` k > 0 (strategy `select`) sees k older keys besides, those that the score ranks highest. Which ones
 depends on the text, so positions alone cannot say it: `positions` and `sees` are the part that is certain, the cache
-records the rest (`kvcompress.cache.choices`). Until s + w + k tokens were seen such a head sees all of them.
+records the rest (`kvcompress.scores.selection_rule`). Until s + w + k tokens were seen such a head sees all of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence

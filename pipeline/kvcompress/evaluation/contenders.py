@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
@@ -14,6 +13,7 @@ from kvcompress.methods.compressor import Compressor
 from kvcompress.models.load import ModelShape, model_shape
 from kvcompress.params.ablation import AblationParams
 from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
+from kvcompress.scores.selection_rule import Choosing, evidence_slots
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.

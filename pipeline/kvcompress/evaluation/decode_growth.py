@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvcompress.cache.choices import evidence_slots
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
 from kvcompress.params.benchmark import FULL, BenchmarkParams
+from kvcompress.scores.selection_rule import evidence_slots
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

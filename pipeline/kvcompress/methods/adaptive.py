@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvcompress.cache.adaptive_layer import AdaptiveLayer
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import Retention
 from kvcompress.methods.compressor import UniformCompressor, require_count, require_share
+from kvcompress.scores.selection_rule import Choosing
 
 
 class AdaptiveCompressor(UniformCompressor):

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.convert import convert
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
@@ -30,6 +29,7 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.architecture import ModelShape
 from kvcompress.models.head_shards import part_of
 from kvcompress.models.rotary import Rotation
+from kvcompress.scores.selection_rule import Choosing
 
 Positions = Literal["original", "cache"]
 

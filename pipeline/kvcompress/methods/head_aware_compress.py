@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from kvcompress.cache.choices import Choosing
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
@@ -28,6 +27,7 @@ from kvcompress.core.retention import (
 )
 from kvcompress.methods.compressor import PlanCompressor
 from kvcompress.models.architecture import ModelShape
+from kvcompress.scores.selection_rule import Choosing
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from kvcompress.core.params import Count, Name, SectionParams
-from kvcompress.scores.table import SCORES
+from kvcompress.scores.registry import SCORES
 
 Windows = Annotated[list[Count], Field(min_length=1)]
 

@@ -21,7 +21,7 @@ from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.retention import Retention
 from kvcompress.planning.pricing import DISTANCES, Priced, Pricing, numbers
 from kvcompress.planning.spending import pieces, spend
-from kvcompress.scores.table import make_score
+from kvcompress.scores.registry import make_score
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of facts, in units of the balance
 NEVER = 1e9  # nats: of sizes for which a way was not measured

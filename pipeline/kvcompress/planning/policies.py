@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from kvcompress.analysis.sensitivity import Sensitivity
-from kvcompress.cache.choices import Choosing, evidence_slots
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
@@ -20,6 +19,7 @@ from kvcompress.planning.early import favour, is_early
 from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
 from kvcompress.planning.spending import level, scaled
+from kvcompress.scores.selection_rule import Choosing, evidence_slots
 
 
 @dataclass
@@ -171,7 +171,7 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
     """Windows and keys that scores choose, by measured price (`kvcompress.planning.choosing`).
 
-    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.cache.choices.evidence_slots`); where
+    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.scores.selection_rule.evidence_slots`); where
     that makes them too dear, heads choose by other scores, or not at all.
     """
     found = [affordable(planner, budget, menu) for menu in planner.choosing_pricing.menus()]

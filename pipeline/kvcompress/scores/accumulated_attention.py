@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
-from kvcompress.scores.score import Score, require_at_least
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.base import Score, require_at_least
+from kvcompress.scores.inputs import Held
 
 
 @dataclass(frozen=True)

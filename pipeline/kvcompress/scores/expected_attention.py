@@ -10,9 +10,9 @@ from torch.linalg import vector_norm
 
 from kvcompress.models.rotary import Rotation
 from kvcompress.ops import score_launchers
-from kvcompress.scores.attention import which
-from kvcompress.scores.held import Held
-from kvcompress.scores.score import Score, require_at_least
+from kvcompress.scores.attention_received import which
+from kvcompress.scores.base import Score, require_at_least
+from kvcompress.scores.inputs import Held
 
 
 @dataclass(frozen=True)

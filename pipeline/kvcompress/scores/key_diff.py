@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kvcompress.scores.held import Held
-from kvcompress.scores.score import Score
+from kvcompress.scores.base import Score
+from kvcompress.scores.inputs import Held
 
 
 @dataclass(frozen=True)

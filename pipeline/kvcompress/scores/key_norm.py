@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvcompress.scores.held import Held
-from kvcompress.scores.score import Score
+from kvcompress.scores.base import Score
+from kvcompress.scores.inputs import Held
 
 
 @dataclass(frozen=True)

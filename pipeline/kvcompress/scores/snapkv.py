@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress.core.errors import InputError
-from kvcompress.scores.attention import received
-from kvcompress.scores.held import Held
+from kvcompress.scores.attention_received import received
+from kvcompress.scores.base import Score, require_at_least, require_odd
+from kvcompress.scores.inputs import Held
 from kvcompress.scores.pooling import Pooling, pool
-from kvcompress.scores.score import Score, require_at_least, require_odd
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvcompress.ops import score_launchers
-from kvcompress.scores.attention import MASKED, block_size
-from kvcompress.scores.held import Held
+from kvcompress.scores.attention_received import MASKED, block_size
+from kvcompress.scores.inputs import Held
 
 FEW = 64  # queries that are looked at without waiting for an accelerator, as those of a choice while decoding
 OLD, ABSENT = -1, -2  # in place of a chunk's number: keys older than all queries; pads, empty slots, keys that stay

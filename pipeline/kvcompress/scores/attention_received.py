@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import score_launchers
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import Held
 
 # device -> weights a block may hold: as in observing attention, a CPU's cache against a GPU's few large launches
 BLOCK_LIMITS = {"cpu": 2**20, "cuda": 2**26}

@@ -14,10 +14,10 @@ from torch.linalg import vector_norm
 
 from kvcompress.core.errors import InputError
 from kvcompress.ops import score_launchers
-from kvcompress.scores.held import Held
-from kvcompress.scores.non_causal import non_causal
+from kvcompress.scores.base import Score, require_at_least, require_odd
+from kvcompress.scores.chunk_attention import non_causal
+from kvcompress.scores.inputs import Held
 from kvcompress.scores.pooling import pool
-from kvcompress.scores.score import Score, require_at_least, require_odd
 
 PART = 512  # keys whose products are summed by one program
 

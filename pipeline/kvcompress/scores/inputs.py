@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.core.errors import InputError
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Held:
         return self.in_order and self.queries is not None and self.queries.shape[2] == self.keys.shape[2]
 
     def received(self, most: int | None) -> Received:
-        """What the keys received from the queries at hand (see `most` of `kvcompress.scores.attention.received`) and
+        """What the keys received from the queries at hand (see `most` of `kvcompress.scores.attention_received.received`) and
         before; found once."""
-        from kvcompress.scores.attention import received  # which knows this file
+        from kvcompress.scores.attention_received import received  # which knows this file
 
         if most not in self._received:
             self._received[most] = received(self, most=most)

@@ -18,13 +18,11 @@ than scores do: by rounding, which may order keys that score the same (neighbour
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.score import Score, require_at_least
-from kvcompress.scores.table import make_score
+from kvcompress.scores.base import Score, require_at_least
+from kvcompress.scores.registry import make_score
 
 
 @dataclass(frozen=True)
@@ -49,32 +47,6 @@ class Choosing:
     def score(self, name: str) -> Score:
         """The score of that name. Raises `InputError` for one that is not known."""
         return self.scores[name] if name in self.scores else make_score(name)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the heads `heads` of one layer chose when `column` columns had been seen; positions are real ones.
-
-    chosen: `[batch, head, k]`. leaving: `[batch, head, r]`, -1 where nothing of its own; the i-th is overwritten by, and
-    so not seen from, column `column + i`. Empty slots of a padded row, not yet reached, are named in `chosen` already.
-    """
-
-    column: int
-    heads: tuple[int, ...]
-    chosen: Tensor
-    leaving: Tensor
-
-
-Choices = list[list[Choice]]  # [layer], in order of time
-
-
-def of_head(choices: list[Choice], head: int) -> list[tuple[int, Tensor, Tensor]]:
-    """(column, chosen `[batch, k]`, leaving `[batch, r]`) of every choice of one KV head, in order of time."""
-    return [
-        (choice.column, choice.chosen[:, choice.heads.index(head)], choice.leaving[:, choice.heads.index(head)])
-        for choice in choices
-        if head in choice.heads
-    ]
 
 
 def evidence_slots(plan: RetentionPlan, choosing: Choosing | None = None) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.scores.held import Held
-from kvcompress.scores.history import Received
+from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import Held
 
 
 class Score(ABC):

@@ -5,11 +5,11 @@ from typing import Any
 
 from kvcompress.core.errors import InputError
 from kvcompress.scores.accumulated_attention import AccumulatedAttention
+from kvcompress.scores.base import Score
+from kvcompress.scores.compactor import Leverage
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.key_diff import KeyDiff
 from kvcompress.scores.key_norm import KeyNorm
-from kvcompress.scores.leverage import Leverage
-from kvcompress.scores.score import Score
 from kvcompress.scores.snapkv import SnapKV
 
 SCORES: dict[str, Callable[..., Score]] = {
