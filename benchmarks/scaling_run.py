@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import typer
 
-from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
@@ -19,7 +18,8 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.params.ablation import AblationParams
-from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.corpora import documents_of_all
 from kvcompress.texts.retrieval_tasks import FILLER
 

@@ -20,7 +20,6 @@ import typer
 from transformers import PreTrainedModel
 
 from benchmarks.select_contenders import policy_contenders, select_contenders
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.cache.layer import Prefill
 from kvcompress.core.artifacts import read_model, write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
@@ -38,6 +37,7 @@ from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import Choosing
+from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.texts.corpora import documents_of_all, load_texts
 from kvcompress.texts.retrieval_tasks import TASKS, Case, Task, Use, make_cases
 

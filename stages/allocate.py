@@ -5,9 +5,6 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.analysis.price_data import price_rows
-from kvcompress.analysis.price_report import price_report
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.artifacts import read_model, replaced_folder, write_json, write_text
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
@@ -17,6 +14,9 @@ from kvcompress.models.load import ModelRecord
 from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
+from kvcompress.sensitivity.plot_data import price_rows
+from kvcompress.sensitivity.prices import Sensitivity
+from kvcompress.sensitivity.report import price_report
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()

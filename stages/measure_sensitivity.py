@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

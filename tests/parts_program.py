@@ -24,7 +24,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import stages  # noqa: F401 (puts this copy's pipeline first)
-from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cli import main as program
 from kvcompress.collect.collect import collect_attention
@@ -42,8 +41,9 @@ from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.models.tensor_parallel import share
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.selection_rule import Choosing
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.analysis.retrieval_price as retrieval_price
-from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at, priced_choices
-from kvcompress.analysis.retrieval_price import retrieval_prices
-from kvcompress.analysis.slot_changes import slot_changes
-from kvcompress.analysis.text_price import part, text_prices
-from kvcompress.analysis.window_changes import window_changes
+import kvcompress.sensitivity.fact_price as retrieval_price
 from kvcompress.cache.attention import attached
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.rotary import Rotation
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.selection_rule import Choosing
+from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.sensitivity.params import SensitivityParams
+from kvcompress.sensitivity.selection_outputs import STEP, Choice, Chosen, chosen_at, priced_choices
+from kvcompress.sensitivity.slot_outputs import slot_changes
+from kvcompress.sensitivity.text_price import part, text_prices
+from kvcompress.sensitivity.window_outputs import window_changes
 from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model
 

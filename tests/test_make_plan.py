@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.planning import make_plan
 from kvcompress.planning.budget import Budget
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
+from kvcompress.sensitivity.prices import Sensitivity
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
 PARAMS = SensitivityParams(

@@ -9,7 +9,6 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import offload_check
-from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import read_json
 from kvcompress.core.plan import RetentionPlan
@@ -20,7 +19,8 @@ from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.methods import HeadAwareCompressor, L2Compressor
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
-from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, save_tiny, tiny_tokenizer
 

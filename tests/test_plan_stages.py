@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcompress.analysis.price_report import price_report
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
@@ -17,6 +15,8 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
 from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.sensitivity.prices import Sensitivity
+from kvcompress.sensitivity.report import price_report
 from tests.project import copy_project, stage_here
 from tests.tiny import CONFIGS
 

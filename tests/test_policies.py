@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcompress.analysis.choice_changes import Choice
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
 from kvcompress.core.plan import RetentionPlan
@@ -17,6 +15,8 @@ from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.planning.pricing import Pricing
 from kvcompress.planning.shapes import flat
 from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.sensitivity.prices import Sensitivity
+from kvcompress.sensitivity.selection_outputs import Choice
 
 LAYERS, KV_HEADS, CONTEXT = 5, 3, 1024
 WINDOWS = [16, 64, 256, 900]

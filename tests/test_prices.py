@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.analysis.joint_price import Halfway, joint_prices
-from kvcompress.analysis.listen import listening
-from kvcompress.analysis.retrieval_price import retrieval_prices
-from kvcompress.analysis.text_price import text_prices
-from kvcompress.analysis.window_changes import window_changes
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.retention import FULL, Retention
+from kvcompress.sensitivity.attention_hook import listening
+from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.sensitivity.joint_price import Halfway, joint_prices
+from kvcompress.sensitivity.text_price import text_prices
+from kvcompress.sensitivity.window_outputs import window_changes
 from tests.reference.oracle import judged
 from tests.tiny import tiny_model
 

@@ -5,10 +5,10 @@ from difflib import SequenceMatcher
 import pytest
 import torch
 
-from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
+from kvcompress.sensitivity.calibration_facts import MONOTONY, REPEATED
 from kvcompress.texts.retrieval_tasks import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 

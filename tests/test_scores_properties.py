@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.analysis.listen import listening
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.attention_received import received
@@ -15,6 +14,7 @@ from kvcompress.scores.compactor import Leverage
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.inputs import Held
 from kvcompress.scores.registry import SCORES, make_score
+from kvcompress.sensitivity.attention_hook import listening
 from tests.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from benchmarks import select_quality
 from benchmarks.select_contenders import select_contenders
 from benchmarks.select_quality import app
-from kvcompress.analysis.sensitivity import measure_sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
@@ -23,9 +22,10 @@ from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.evaluation.scoring import score_continuation
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.params.ablation import ComparePlansParams
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices

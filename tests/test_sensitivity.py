@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.analysis.calibration_facts import MONOTONY, REPEATED, calibration_facts
-from kvcompress.analysis.choice_changes import Choice
-from kvcompress.analysis.retrieval_price import retrieval_prices
-from kvcompress.analysis.sensitivity import SHRINK, Sensitivity, measure_sensitivity
-from kvcompress.analysis.text_price import text_prices
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.models.rotary import Rotation
-from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.sensitivity.calibration_facts import MONOTONY, REPEATED, calibration_facts
+from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
+from kvcompress.sensitivity.prices import SHRINK, Sensitivity
+from kvcompress.sensitivity.selection_outputs import Choice
+from kvcompress.sensitivity.text_price import text_prices
 from kvcompress.texts.corpora import documents_of_all
 from kvcompress.texts.retrieval_tasks import FILLER, TEMPLATES, WORDS, CaseMaker
 from tests.tiny import prose, tiny_model, tiny_tokenizer

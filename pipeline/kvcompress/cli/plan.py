@@ -27,7 +27,7 @@ from kvcompress.params.budgets import BudgetParams
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvcompress.analysis.sensitivity import Sensitivity
+    from kvcompress.sensitivity.prices import Sensitivity
 
 
 BALANCE, EARLY = (BudgetParams.model_fields[name].default for name in ("balance", "early"))
@@ -64,9 +64,9 @@ def unpriced(model: "PreTrainedModel") -> "Sensitivity":
     """What a plan by no prices has to know: the model's heads."""
     import numpy as np
 
-    from kvcompress.analysis.sensitivity import Sensitivity
     from kvcompress.models.load import model_shape
-    from kvcompress.params.sensitivity import SensitivityParams
+    from kvcompress.sensitivity.params import SensitivityParams
+    from kvcompress.sensitivity.prices import Sensitivity
 
     shape = model_shape(model.config)
     nothing = np.zeros((0, shape.num_layers, shape.num_key_value_heads))
@@ -135,13 +135,14 @@ def plan(
     require_heeded(policy, balance, early, budget)
     params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
 
-    from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
     from kvcompress.cli.head_map import plan_map
     from kvcompress.core.params import override
     from kvcompress.models import distributed
-    from kvcompress.params.sensitivity import SensitivityParams
     from kvcompress.planning.make_plan import make_plan
     from kvcompress.planning.policies import WITHOUT_PRICES
+    from kvcompress.sensitivity.measure import measure_sensitivity
+    from kvcompress.sensitivity.params import SensitivityParams
+    from kvcompress.sensitivity.prices import Sensitivity
 
     loaded, tokenizer, record = open_model(params)
     if sensitivity and sensitivity.is_file():

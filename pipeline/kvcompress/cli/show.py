@@ -59,8 +59,8 @@ def show(
 
 def show_prices(file: Path, window: int, as_json: bool) -> None:
     """Price of one window, and what heads carry of far facts, of every KV head."""
-    from kvcompress.analysis.sensitivity import Sensitivity
     from kvcompress.cli.head_map import number_map
+    from kvcompress.sensitivity.prices import Sensitivity
 
     found = Sensitivity.load(file)
     if window not in found.windows:

@@ -16,12 +16,12 @@ from functools import cached_property
 
 import numpy as np
 
-from kvcompress.analysis.choice_changes import chosen_of
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.retention import Retention
 from kvcompress.planning.pricing import DISTANCES, Priced, Pricing, numbers
 from kvcompress.planning.spending import pieces, spend
 from kvcompress.scores.registry import make_score
+from kvcompress.sensitivity.prices import Sensitivity
+from kvcompress.sensitivity.selection_outputs import chosen_of
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of facts, in units of the balance
 NEVER = 1e9  # nats: of sizes for which a way was not measured

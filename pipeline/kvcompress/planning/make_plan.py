@@ -5,13 +5,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress.analysis.sensitivity import Sensitivity, measure_sensitivity
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.models.load import model_shape
 from kvcompress.params.budgets import BudgetParams
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
+from kvcompress.sensitivity.measure import measure_sensitivity
+from kvcompress.sensitivity.params import SensitivityParams
+from kvcompress.sensitivity.prices import Sensitivity
 
 
 def make_plan(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
@@ -20,6 +19,7 @@ from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
 from kvcompress.planning.spending import level, scaled
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.sensitivity.prices import Sensitivity
 
 
 @dataclass

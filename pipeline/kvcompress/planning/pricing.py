@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.errors import InputError
 from kvcompress.planning.spending import pieces, spend
+from kvcompress.sensitivity.prices import Sensitivity
 
 DISTANCES = 64  # at which a fact is looked for, evenly over the context
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress.analysis.choice_changes import Choice, Chosen, chosen_at
-from kvcompress.analysis.listen import listening
-from kvcompress.analysis.slot_changes import slot_changes
-from kvcompress.analysis.window_changes import window_changes
 from kvcompress.models.load import input_device
 from kvcompress.models.rotary import Rotation
+from kvcompress.sensitivity.attention_hook import listening
+from kvcompress.sensitivity.selection_outputs import Choice, Chosen, chosen_at
+from kvcompress.sensitivity.slot_outputs import slot_changes
+from kvcompress.sensitivity.window_outputs import window_changes
 
 
 class Choosers:

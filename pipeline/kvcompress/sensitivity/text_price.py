@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.analysis.choice_changes import STEP, Choice, Chosen, chosen_at
-from kvcompress.analysis.listen import listening
-from kvcompress.analysis.slot_changes import slot_changes
 from kvcompress.collect.observer import block_size
 from kvcompress.models.load import input_device
 from kvcompress.models.rotary import Rotation
+from kvcompress.sensitivity.attention_hook import listening
+from kvcompress.sensitivity.selection_outputs import STEP, Choice, Chosen, chosen_at
+from kvcompress.sensitivity.slot_outputs import slot_changes
 
 
 class TextPrices:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.analysis.window_changes import Sums
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models.load import model_shape
 from kvcompress.models.rotary import Rotation
-from kvcompress.params.sensitivity import SensitivityParams
 from kvcompress.scores.inputs import Held
 from kvcompress.scores.registry import make_score
 from kvcompress.scores.topk import best
+from kvcompress.sensitivity.params import SensitivityParams
+from kvcompress.sensitivity.window_outputs import Sums
 
 STEP = 64  # tokens between two choices; windows are no shorter
 

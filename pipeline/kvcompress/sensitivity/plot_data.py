@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress.analysis.sensitivity import Sensitivity
+from kvcompress.sensitivity.prices import Sensitivity
 
 NEAR = 128  # the window at which prices of heads are compared
 

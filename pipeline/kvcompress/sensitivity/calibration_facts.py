@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from kvcompress.params.sensitivity import SensitivityParams
+from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import TEMPLATES, CaseMaker
 
 MONOTONY = (

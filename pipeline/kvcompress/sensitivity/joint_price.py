@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.analysis.listen import listening
 from kvcompress.models.load import input_device
+from kvcompress.sensitivity.attention_hook import listening
 
 
 class Halfway:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.analysis.choice_changes import Choice, Chosen, chosen_sums
-from kvcompress.analysis.window_changes import change, mixed, past_weights, window_sums
+from kvcompress.sensitivity.selection_outputs import Choice, Chosen, chosen_sums
+from kvcompress.sensitivity.window_outputs import change, mixed, past_weights, window_sums
 
 
 def slot_changes(

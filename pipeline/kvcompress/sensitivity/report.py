@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from kvcompress.analysis.price_data import near_window
 from kvcompress.analysis.report import REFINED, RULE, model_lines, section
-from kvcompress.analysis.sensitivity import Sensitivity
 from kvcompress.core.head_classes import HeadClassification
 from kvcompress.core.head_statistics import StatisticsFile
+from kvcompress.sensitivity.plot_data import near_window
+from kvcompress.sensitivity.prices import Sensitivity
 
 SHOWN = 10  # dearest heads
 
