@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu_clock import capture, clock, copy_bandwidth
+from kvcompress.cache.attend import Reading, attend
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.reading import Reading, attend
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.ops.ragged_decode import Part, Scratch, Tuning, decode, kernel, table_of

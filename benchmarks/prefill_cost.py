@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.step_models import config_of, random_model
 from benchmarks.step_parts import forget
-from kvcompress.cache.attention import attached
+from kvcompress.cache.dispatch import attached
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.decode_steps import held_bytes, plan_of

@@ -31,12 +31,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.step_models import config_of, random_model
 from benchmarks.step_parts import forget
-from kvcompress.cache.attention import attached
+from kvcompress.cache.cuda_graph import GraphedDecoder
+from kvcompress.cache.dispatch import attached
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.timing import timed, times_faster
-from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.architecture import ModelShape
 from kvcompress.scores.registry import SCORES

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.step_models import kept_bytes, occupied, occupied_static
-from kvcompress.cache.attention import attached
+from kvcompress.cache.cuda_graph import GraphedDecoder, can_record
+from kvcompress.cache.dispatch import attached
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.decode_growth import weight_bytes
 from kvcompress.evaluation.decode_steps import fill
 from kvcompress.evaluation.timing import Spread, timed, times_faster
-from kvcompress.graphs import GraphedDecoder, can_record
 
 WARM_UP = 2  # turns that are thrown away
 FIRST = 3  # steps before the first turn: to compile, to capture, to replay

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvcompress.cache.ragged import clipped
+from kvcompress.cache.ragged_layer import clipped
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor

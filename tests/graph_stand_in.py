@@ -8,8 +8,7 @@ would have to wait for a device is an error.
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvcompress import graphs
-from kvcompress.cache import fused
+from kvcompress.cache import cuda_graph, fused_decode
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
@@ -37,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(act, device):
-    """As `graphs.record`, but the step is done once; so the first replay, which follows at once, does nothing."""
+    """As `cuda_graph.record`, but the step is done once; so the first replay, which follows at once, does nothing."""
     recorder = Recorder()
     with recorder:
         act()
@@ -81,9 +80,9 @@ def slow_decode(query, table, value_size, seen, pads, scale, scratch, new, settl
 
 def stand_in(monkeypatch):
     """Let the cache and the decoder believe in a GPU."""
-    monkeypatch.setattr(fused, "FUSED", True)
-    monkeypatch.setattr(fused, "can_decode", lambda *_: True)
-    monkeypatch.setattr(fused, "table_of", lambda parts, heads: (parts, heads))
-    monkeypatch.setattr(fused, "decode", slow_decode)
-    monkeypatch.setattr(graphs, "can_record", lambda _: True)
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(fused_decode, "FUSED", True)
+    monkeypatch.setattr(fused_decode, "can_decode", lambda *_: True)
+    monkeypatch.setattr(fused_decode, "table_of", lambda parts, heads: (parts, heads))
+    monkeypatch.setattr(fused_decode, "decode", slow_decode)
+    monkeypatch.setattr(cuda_graph, "can_record", lambda _: True)
+    monkeypatch.setattr(cuda_graph, "record", record)

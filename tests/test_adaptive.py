@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.adaptive_layer import AdaptiveLayer, divided
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.select.ada_kv import AdaptiveLayer, divided
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention
 from kvcompress.methods import AdaptiveCompressor

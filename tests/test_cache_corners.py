@@ -11,7 +11,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from kvcompress.cache.group import RECORDED
+from kvcompress.cache.head_group import RECORDED
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention

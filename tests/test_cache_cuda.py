@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import reading
-from kvcompress.cache.group import Group
+from kvcompress.cache import attend
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter
 from kvcompress.core.retention import FULL, Retention
@@ -50,7 +50,7 @@ def test_cuda_agrees_with_the_oracle(family, plan, dtype):
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "mistral"])
 def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan, dtype):
     """Without padding chunks of full heads need no mask, and bounded heads are read in larger blocks."""
-    monkeypatch.setattr(reading, "LARGE_BLOCK", 16)
+    monkeypatch.setattr(attend, "LARGE_BLOCK", 16)
     model = copy.deepcopy(model_of(family)).to("cuda", dtype)
     ids = tokens(2, 100).cuda()
     with torch.inference_mode(), judged(model, plan_for(model, plan), "streaming"):
@@ -68,12 +68,12 @@ def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan
 def test_cuda_reads_long_chunks_as_the_cpu_does(kept, of_head, size, dtype):
     torch.manual_seed(0)
     groups = [Group(kept, range(2), Meter()) for _ in range(2)]
-    how = reading.Reading(Padding(), None)
+    how = attend.Reading(Padding(), None)
     for new in (1000, 37, 2, 500):
         query = torch.randn(2, 2, of_head, new, size).to(dtype)
         keys, values = torch.randn(2, 2, 2, new, size).to(dtype)
-        expected = reading.read(groups[0], query.float(), keys.float(), values.float(), how)
-        found = reading.read(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
+        expected = attend.read(groups[0], query.float(), keys.float(), values.float(), how)
+        found = attend.read(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
         assert (found - expected).norm() / expected.norm() < 5e-3
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache import reading
+from kvcompress.cache import attend
 from tests.cache_tools import (
     FAMILIES,
     PLANS,
@@ -143,8 +143,8 @@ def slow_flash(query, keys, values, left, right, scale):
 def test_chunks_that_need_no_mask_agree_with_the_oracle(monkeypatch, family, plan):
     """As a GPU reads them: by an attention that knows where the last columns stand, and one that knows a window."""
     used, windowed = [], []
-    monkeypatch.setattr(reading, "needs_no_mask", lambda *_: used.append(1) or True)
-    monkeypatch.setattr("kvcompress.cache.windowed.flash", lambda *a: windowed.append(1) or slow_flash(*a))
+    monkeypatch.setattr(attend, "needs_no_mask", lambda *_: used.append(1) or True)
+    monkeypatch.setattr("kvcompress.cache.flash_window.flash", lambda *a: windowed.append(1) or slow_flash(*a))
     model, ids = model_of(family), tokens(2, LENGTH)
     expected = oracle(model, plan, ids, None)
     compressor = compressor_for(model, plan)

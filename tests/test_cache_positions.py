@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress.cache.layer import Shared
-from kvcompress.cache.ragged import RaggedLayer
+from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.core.retention import FULL, PRUNED, Retention
 
 bounded = st.builds(Retention, st.integers(0, 6), st.integers(1, 12), st.just(0), st.just(""))

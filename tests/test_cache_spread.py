@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kvcompress.cache.attend import Reading, attend
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.reading import Reading, attend
 from kvcompress.ops import cpu_split_kv
 from kvcompress.ops.cpu_split_kv import attend_spread, parts_for
 from tests.cache_tools import compressor_for, model_of, plan_for, tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvcompress.sensitivity.fact_price as retrieval_price
-from kvcompress.cache.attention import attached
+from kvcompress.cache.dispatch import attached
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.selection_rule import Choosing

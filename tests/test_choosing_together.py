@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvcompress.cache.choosing_group import ChoosingGroup
-from kvcompress.cache.choosing_layer import ChoosingLayer
-from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.select.batched import choose_due
+from kvcompress.cache.select.head_group import ChoosingGroup
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.core.retention import Retention
 from kvcompress.scores.registry import SCORES
 from tests.cache_tools import LAYERS, feed, model_of, padded, tokens
@@ -48,7 +48,7 @@ def test_heads_choose_together_what_they_choose_alone(monkeypatch, weighed, scor
     layers = select_layers(model, score)
     found, together, cache = decoded(model, layers, prefill, pads)
     at_once = list(weighed)
-    monkeypatch.setattr("kvcompress.cache.choosing_together.LARGEST", 0)
+    monkeypatch.setattr("kvcompress.cache.select.batched.LARGEST", 0)
     weighed.clear()
     expected, alone, other = decoded(model, layers, prefill, pads)
     assert max(at_once) > max(weighed)
@@ -71,7 +71,7 @@ def test_no_more_is_laid_side_by_side_than_allowed(monkeypatch, weighed):
     layers = [[Retention(2, 5, 4, "key_norm")] * width] * LAYERS
     for bytes_short, heads in ((0, width * LAYERS), (1, width * (LAYERS - 1))):
         _, _, cache = decoded(model, layers, "streaming", pads=False)
-        monkeypatch.setattr("kvcompress.cache.choosing_together.LARGEST", cache.nbytes - bytes_short)
+        monkeypatch.setattr("kvcompress.cache.select.batched.LARGEST", cache.nbytes - bytes_short)
         weighed.clear()
         decoded(model, layers, "streaming", pads=False)
         assert max(weighed) == heads

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from benchmarks import decode_cost, kernel_cost, memory_cost, prefill_cost, step_cost, step_figure
-from kvcompress.cache import fused
+from kvcompress.cache import fused_decode
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.ops.ragged_decode import Tuning
@@ -165,7 +165,7 @@ def test_step_cost_ends_with_one_sentence(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_step_cost_captures_its_steps(monkeypatch, tmp_path):
-    monkeypatch.setattr(fused, "FUSED", True)
+    monkeypatch.setattr(fused_decode, "FUSED", True)
     output = tmp_path / "cost.json"
     options = ["--tiny", "--rounds", "2", "--steps", "3", "--output", str(output), "--part", "step", "--part", "growth"]
     done = run(step_cost.app, options)

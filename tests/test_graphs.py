@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from kvcompress.cache import fused
+from kvcompress.cache import fused_decode
+from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
-from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods import StreamingLLMCompressor
 from tests.cache_tools import compressor_for, feed, inputs_for, model_of, padded, tokens
 from tests.graph_stand_in import stand_in
@@ -26,7 +26,7 @@ def way(request, monkeypatch):
     if request.param == "stand-in":
         stand_in(monkeypatch)
     elif request.param == "cuda":
-        monkeypatch.setattr(fused, "FUSED", True)
+        monkeypatch.setattr(fused_decode, "FUSED", True)
     return request.param
 
 
@@ -265,7 +265,7 @@ def test_a_step_that_cannot_be_captured_leaves_the_counts_alone(monkeypatch):
         act()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("kvcompress.graphs.record", fails)
+    monkeypatch.setattr("kvcompress.cache.cuda_graph.record", fails)
     with compressor.attached(model):
         cache, logits = begin(model, compressor, ids, mask)
         decoder = GraphedDecoder(model, cache, 6)

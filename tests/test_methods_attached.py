@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import kvcompress
-from kvcompress.cache.attention import attached
+from kvcompress.cache.dispatch import attached
 from kvcompress.core.retention import FULL
 from tests.cache_tools import compressor_for, feed, model_of, tokens
 from tests.reference.oracle import judged

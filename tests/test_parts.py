@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import GPT2Config, Phi3Config
 
+from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.cli.main import app
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.graphs import GraphedDecoder
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.models import distributed
 from kvcompress.models.attention_interface import use_attention

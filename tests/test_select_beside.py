@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache.choosing_prompt import choose_of_prompt
+from kvcompress.cache.select.prefill import choose_of_prompt
 from kvcompress.methods.compressor import Compressor
 from tests.cache_tools import model_of, tokens
 from tests.select_tools import CHOOSING, select_compressor, select_layers
@@ -21,7 +21,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_of_prompt(*args)
         torch.cuda._sleep(SLEEP)
 
-    monkeypatch.setattr("kvcompress.cache.choosing_layer.choose_of_prompt", slowly)
+    monkeypatch.setattr("kvcompress.cache.select.layer.choose_of_prompt", slowly)
 
 
 def answers(compressor: Compressor, model, ids, pieces: list[int]) -> tuple[torch.Tensor, list]:

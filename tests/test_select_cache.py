@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
-from kvcompress.cache.ragged import RaggedLayer
+from kvcompress.cache.ragged_layer import RaggedLayer
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.cache.storage import Block, allocated_slots
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.cache.select.record import of_head
 from kvcompress.core.retention import Retention
 from kvcompress.models.rotary import Rotation

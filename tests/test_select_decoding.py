@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import fused
-from kvcompress.graphs import GraphedDecoder
+from kvcompress.cache import fused_decode
+from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.scores.selection_rule import Choosing
 from tests.cache_tools import feed, model_of, padded, tokens
 from tests.graph_stand_in import stand_in
@@ -25,7 +25,7 @@ def test_captured_steps_choose_when_it_is_time(monkeypatch, way, prefill, score,
     if way == "stand-in":
         stand_in(monkeypatch)
     elif way == "cuda":
-        monkeypatch.setattr(fused, "FUSED", True)
+        monkeypatch.setattr(fused_decode, "FUSED", True)
     device = "cuda" if way == "cuda" else "cpu"
     model = copy.deepcopy(model_of("gpt_neox")).to(device)  # whose heads of 16 the kernel can serve
     prompt = PROMPT + (6 if pads else 0)

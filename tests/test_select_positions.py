@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.layer import Shared
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.core.retention import Retention
 from kvcompress.scores.selection_rule import Choosing
 

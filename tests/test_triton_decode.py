@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_cost import Layer, Shape
-from kvcompress.cache import fused
+from kvcompress.cache import fused_decode
 from kvcompress.core.retention import Retention
 from kvcompress.ops import ragged_decode
 from kvcompress.ops.ragged_decode import Part, Tuning, can_decode, table_of
@@ -243,12 +243,12 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
             *args, new=new, settled=settled, tuning=Tuning(block=16, programs_per_processor=2 if CUDA else 3, whole=8)
         )
 
-    monkeypatch.setattr(fused, "decode", counted)
+    monkeypatch.setattr(fused_decode, "decode", counted)
     if not CUDA:
-        monkeypatch.setattr(fused, "can_decode", lambda *_: True)
+        monkeypatch.setattr(fused_decode, "can_decode", lambda *_: True)
     try:
         for on in (False, True):
-            monkeypatch.setattr(fused, "FUSED", on)
+            monkeypatch.setattr(fused_decode, "FUSED", on)
             with torch.inference_mode(), compressor.attached(model):
                 cache = compressor.new_cache(model.config, prefill="streaming")
                 out = feed(model, cache, ids, chunks, mask)

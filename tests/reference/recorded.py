@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvcompress.cache.choosing_layer import ChoosingLayer
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.cache.select.record import Choices
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcompress.cache.beside import Beside
-from kvcompress.cache.choosing_group import ChoosingGroup
-from kvcompress.cache.exchange import Evidence
-from kvcompress.cache.fused import Fused
-from kvcompress.cache.group import Group
+from kvcompress.cache.attend import Reading
+from kvcompress.cache.deferred_kv import Pending
+from kvcompress.cache.fused_decode import Fused
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.padding import MaskLength, Padding
-from kvcompress.cache.pending import Pending
-from kvcompress.cache.reading import Reading
+from kvcompress.cache.select.head_group import ChoosingGroup
+from kvcompress.cache.select.side_stream import Beside
+from kvcompress.cache.select.types import Evidence
 from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.models.head_shards import WHOLE, Part

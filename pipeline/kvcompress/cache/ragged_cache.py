@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvcompress.cache.choosing_together import choose_due
 from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.select.batched import choose_due
 from kvcompress.core.errors import CacheUseError
 
 

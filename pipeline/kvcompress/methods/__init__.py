@@ -4,7 +4,7 @@ Each stands in a file of its own name, with a function of that name that compres
 replaces the file as this package's attribute: `kvcompress.methods.l2_compress` is the function.
 """
 
-from kvcompress.methods.adaptive import AdaptiveCompressor
+from kvcompress.methods.ada_kv import AdaptiveCompressor
 from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.methods.fix_size_l2 import FixSizeL2Compressor, fix_size_l2
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor, HeadCompressionConfig, head_aware_compress

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention
-from kvcompress.cache.choosing_layer import ChoosingLayer
+from kvcompress.cache import dispatch
 from kvcompress.cache.convert import convert
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
-from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.ragged_layer import RaggedLayer
+from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.architecture import ModelShape
@@ -91,12 +91,12 @@ class Compressor(ABC):
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """Let `model` read compressed caches here; see `kvcompress.cache.attention.attached`.
+        """Let `model` read compressed caches here; see `kvcompress.cache.dispatch.attached`.
 
         Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
         """
         self._cache(ModelShape.of_config(model.config), self._shared(model.config))
-        with attention.attached(model):
+        with dispatch.attached(model):
             yield model
 
     def _cache(self, shape: ModelShape, shared: Shared) -> RaggedCache:

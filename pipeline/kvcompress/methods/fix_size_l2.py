@@ -16,7 +16,7 @@ from kvcompress.cache.layer import CompressedLayer, Shared
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.methods.compressor import require_count, require_share
-from kvcompress.methods.selecting import SelectingCompressor
+from kvcompress.methods.evicting import SelectingCompressor
 from kvcompress.models.architecture import ModelShape
 
 STRATEGIES = ("keep_low", "keep_high", "random")

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.methods.compressor import require_count, require_share
-from kvcompress.methods.selecting import SelectingCompressor
+from kvcompress.methods.evicting import SelectingCompressor
 
 
 @dataclass(frozen=True)

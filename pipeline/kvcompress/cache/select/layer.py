@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.cache.choosing_group import ChoosingGroup
-from kvcompress.cache.choosing_prompt import choose_of_prompt
-from kvcompress.cache.choosing_together import choose, choose_due
-from kvcompress.cache.exchange import Evidence
-from kvcompress.cache.group import Group
+from kvcompress.cache.attend import Reading, read
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.ragged import RaggedLayer
-from kvcompress.cache.reading import Reading, read
-from kvcompress.cache.recent_queries import RecentQueries
+from kvcompress.cache.ragged_layer import RaggedLayer
+from kvcompress.cache.select.batched import choose, choose_due
+from kvcompress.cache.select.head_group import ChoosingGroup
+from kvcompress.cache.select.prefill import choose_of_prompt
+from kvcompress.cache.select.recent_queries import RecentQueries
 from kvcompress.cache.select.record import Choice
+from kvcompress.cache.select.types import Evidence
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.core.retention import Retention

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kvcompress.cache.group import Group
+from kvcompress.cache.attend import Reading, attend_all, read
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.reading import Reading, attend_all, read
 from kvcompress.cache.storage import LARGEST_STEP
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.core.retention import FULL

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.cache.choosing_layer import ChoosingLayer
-from kvcompress.cache.choosing_prompt import Prompt
 from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.select.layer import ChoosingLayer
+from kvcompress.cache.select.prefill import Prompt
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
 from kvcompress.scores.topk import ranking

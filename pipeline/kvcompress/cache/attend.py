@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress.cache.group import Group
+from kvcompress.cache.flash_window import attend_windowed
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.windowed import attend_windowed
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.rotary import Rotation
 from kvcompress.ops.cpu_split_kv import attend_spread, parts_for

@@ -8,9 +8,9 @@ moves its own rows. A score looks at one KV head at a time, so this changes no c
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from kvcompress.cache.choosing_group import ChoosingGroup
-from kvcompress.cache.exchange import Evidence, join, join_known
 from kvcompress.cache.layer import CompressedLayer
+from kvcompress.cache.select.head_group import ChoosingGroup
+from kvcompress.cache.select.types import Evidence, join, join_known
 
 LARGEST = 2**26  # bytes of K and V that are laid side by side, unless a single group has more
 

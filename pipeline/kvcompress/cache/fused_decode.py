@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.cache.group import Group
-from kvcompress.cache.reading import Reading, sees_all
+from kvcompress.cache.attend import Reading, sees_all
+from kvcompress.cache.head_group import Group
 from kvcompress.ops.ragged_decode import Part, Scratch, can_decode, decode, table_of
 
 FUSED = True

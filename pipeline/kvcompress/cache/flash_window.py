@@ -11,7 +11,7 @@ Shapes are those of `reading`.
 import torch
 from torch import Tensor
 
-from kvcompress.cache.group import Group
+from kvcompress.cache.head_group import Group
 
 
 def flash(

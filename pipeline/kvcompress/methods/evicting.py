@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kvcompress.cache.evicting_layer import Chooser, SelectingLayer
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
-from kvcompress.cache.ragged import RaggedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.selecting import Chooser, SelectingLayer
+from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import FULL
 from kvcompress.methods.compressor import Compressor

@@ -12,10 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress.cache.fused import Heads
-from kvcompress.cache.group import Group
+from kvcompress.cache.attend import Reading, attend_all, read
+from kvcompress.cache.fused_decode import Heads
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.reading import Reading, attend_all, read
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import FULL, Retention
 

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvcompress.cache.deferred_kv import Pending
 from kvcompress.cache.padding import MaskLength
-from kvcompress.cache.pending import Pending
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, use_attention
 

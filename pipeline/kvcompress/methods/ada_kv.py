@@ -7,9 +7,9 @@ Nothing has to be measured beforehand, but what a head gets is known only once t
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvcompress.cache.adaptive_layer import AdaptiveLayer
 from kvcompress.cache.layer import CompressedLayer, Prefill, Shared
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.cache.select.ada_kv import AdaptiveLayer
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import Retention
 from kvcompress.methods.compressor import UniformCompressor, require_count, require_share

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from kvcompress.cache.fused import Desk
+from kvcompress.cache.attend import Reading, sees_all
+from kvcompress.cache.fused_decode import Desk
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.reading import Reading, sees_all
 from kvcompress.core.errors import CacheUseError
 
 FOREVER = 2**31  # a column that no text reaches

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvcompress.cache.exchange import Evidence, Exchange, Known
-from kvcompress.cache.group import Group
+from kvcompress.cache.head_group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.select.record import Choice
+from kvcompress.cache.select.types import Evidence, Exchange, Known
 from kvcompress.cache.storage import Meter, storage_bytes
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention

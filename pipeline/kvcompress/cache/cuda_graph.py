@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache
 
+from kvcompress.cache.cuda_graph_state import Standing, StandingCache, StandingDense
 from kvcompress.cache.ragged_cache import RaggedCache
-from kvcompress.cache.standing import Standing, StandingCache, StandingDense
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.models.head_shards import part_of
 

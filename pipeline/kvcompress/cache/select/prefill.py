@@ -14,8 +14,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kvcompress.cache.choosing_group import ChoosingGroup
-from kvcompress.cache.exchange import Evidence
+from kvcompress.cache.select.head_group import ChoosingGroup
+from kvcompress.cache.select.types import Evidence
 from kvcompress.scores.attention_totals import Received
 from kvcompress.scores.base import Score
 from kvcompress.scores.inputs import Held
