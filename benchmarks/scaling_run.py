@@ -11,13 +11,13 @@ import typer
 from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import said_in_a_sentence
-from kvcompress.evaluation.ablation import compare
+from kvcompress.evaluation.compare import compare
 from kvcompress.evaluation.contenders import contenders_for
 from kvcompress.evaluation.environment import environment
+from kvcompress.evaluation.params import AblationParams
 from kvcompress.models import distributed
 from kvcompress.models.load import load_folder
 from kvcompress.models.params import LocalModel, ModelParams
-from kvcompress.params.ablation import AblationParams
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.corpora import documents_of_all

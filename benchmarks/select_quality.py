@@ -23,17 +23,17 @@ from benchmarks.select_contenders import policy_contenders, select_contenders
 from kvcompress.cache.layer import Prefill
 from kvcompress.core.artifacts import read_model, write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.ablation import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.ablation_data import interval_cell
+from kvcompress.evaluation.compare import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import paired_difference
+from kvcompress.evaluation.perplexity import Documents, score_continuation
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import Documents, score_continuation
 from kvcompress.models import distributed
 from kvcompress.models.load import ModelRecord, load_folder, locate_model
 from kvcompress.models.params import ModelParams, source_of
-from kvcompress.params.budgets import BudgetParams
+from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import Choosing

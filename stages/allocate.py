@@ -11,8 +11,8 @@ from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.models.load import ModelRecord
-from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.budget import Budget
+from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
 from kvcompress.sensitivity.plot_data import price_rows
 from kvcompress.sensitivity.prices import Sensitivity

@@ -9,12 +9,12 @@ from rich.console import Console
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
+from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
+from kvcompress.evaluation.benchmark_params import HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.evaluation.benchmark_report import show
 from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
 from kvcompress.evaluation.benchmark_rows import metrics
-from kvcompress.evaluation.entrants import entrants_for, require_known
 from kvcompress.models.load import load_model
-from kvcompress.params.benchmark import HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
 from stages.loading import chosen_model, model_params

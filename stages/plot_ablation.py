@@ -11,7 +11,7 @@ from kvcompress.core.params import load_section
 from kvcompress.evaluation.ablation_data import rows_of
 from kvcompress.evaluation.ablation_plots import save_ablation_plots
 from kvcompress.evaluation.ablation_report import report
-from kvcompress.params.ablation import ScoringParams
+from kvcompress.evaluation.params import ScoringParams
 from kvcompress.params.plots import PlotParams
 from stages.common import ParamsFile, ReportsDir, run, stage_app
 

@@ -14,7 +14,7 @@ from kvcompress.page.document import document
 from kvcompress.page.heads import require_same_heads
 from kvcompress.page.inputs import load_plans, load_prices, load_results
 from kvcompress.page.sections import Inputs
-from kvcompress.params.budgets import BudgetParams
+from kvcompress.planning.params import BudgetParams
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

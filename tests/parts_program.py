@@ -32,8 +32,8 @@ from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.evaluation.beyond import stream
+from kvcompress.evaluation.perplexity import score_contenders
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed

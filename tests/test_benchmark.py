@@ -18,9 +18,9 @@ from kvcompress.core.retention import FULL as FULL_HEAD
 from kvcompress.core.retention import PRUNED, Retention
 from kvcompress.evaluation import timing
 from kvcompress.evaluation.benchmark import Record, run_benchmark, samples_of
+from kvcompress.evaluation.benchmark_methods import Entrant, baseline, entrants_for, head_aware
+from kvcompress.evaluation.benchmark_params import BASELINES, FULL, BenchmarkParams
 from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
-from kvcompress.evaluation.entrants import Entrant, baseline, entrants_for, head_aware
-from kvcompress.params.benchmark import BASELINES, FULL, BenchmarkParams
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 

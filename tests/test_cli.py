@@ -15,7 +15,7 @@ from kvcompress.cli.plan import unpriced
 from kvcompress.core.errors import KVCompressError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
-from kvcompress.params.benchmark import BASELINES
+from kvcompress.evaluation.benchmark_params import BASELINES
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_PRICES, Planner
 from tests.project import ROOT

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.choosing import NEVER
-from kvcompress.planning.early import favour, is_early
+from kvcompress.planning.early_layers import favour, is_early
 from kvcompress.planning.policies import Planner
-from kvcompress.planning.shapes import flat
+from kvcompress.planning.reference_plans import flat
+from kvcompress.planning.select_pricing import NEVER
 from tests.test_policies import BUDGETS, CONTEXT, KV_HEADS, LAYERS, sensitivity
 
 

@@ -14,8 +14,8 @@ from kvcompress.core.artifacts import read_json
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.environment import environment
+from kvcompress.evaluation.perplexity import score_contenders
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.methods import HeadAwareCompressor, L2Compressor
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams

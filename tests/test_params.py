@@ -8,9 +8,9 @@ from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.collect.params import CollectParams, StatisticsParams
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SECTIONS, load_section
+from kvcompress.evaluation.params import AblationParams
 from kvcompress.models.machine_params import MachineParams
 from kvcompress.models.params import ModelParams
-from kvcompress.params.ablation import AblationParams
 from kvcompress.params.plots import PlotParams
 from kvcompress.texts.params import CorpusParams
 from tests.param_sections import CLASSES

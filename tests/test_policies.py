@@ -13,7 +13,7 @@ from kvcompress.core.retention import FULL
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.planning.pricing import Pricing
-from kvcompress.planning.shapes import flat
+from kvcompress.planning.reference_plans import flat
 from kvcompress.scores.selection_rule import evidence_slots
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.selection_outputs import Choice

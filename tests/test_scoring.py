@@ -7,7 +7,7 @@ import torch
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
-from kvcompress.evaluation.scoring import Score, full_log_probs, score_contenders, score_document
+from kvcompress.evaluation.perplexity import Score, full_log_probs, score_contenders, score_document
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, tiny_model

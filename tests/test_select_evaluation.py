@@ -6,12 +6,12 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL as FULL_HEAD
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.benchmark import run_benchmark
+from kvcompress.evaluation.benchmark_methods import Entrant, head_aware
+from kvcompress.evaluation.benchmark_params import FULL, BenchmarkParams
 from kvcompress.evaluation.benchmark_rows import CHOOSES_ON_READING, benchmark_rows
-from kvcompress.evaluation.entrants import Entrant, head_aware
+from kvcompress.evaluation.perplexity import score_contenders
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import score_contenders
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.params.benchmark import FULL, BenchmarkParams
 from kvcompress.texts.retrieval_tasks import Case
 from tests.cache_tools import model_of, tokens
 

@@ -8,10 +8,10 @@ import pytest
 
 from kvcompress.core.retention import FULL, Retention, require_possible
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.choosing import NEVER, ChoosingPricing
 from kvcompress.planning.policies import Planner
 from kvcompress.planning.pricing import numbers
-from kvcompress.planning.shapes import flat
+from kvcompress.planning.reference_plans import flat
+from kvcompress.planning.select_pricing import NEVER, ChoosingPricing
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
 from tests.test_policies import CONTEXT, KV_HEADS, LAYERS, WINDOWS, sensitivity
 

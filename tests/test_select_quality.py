@@ -16,12 +16,12 @@ from benchmarks.select_quality import app
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
-from kvcompress.evaluation.ablation import run_ablation
+from kvcompress.evaluation.compare import run_ablation
 from kvcompress.evaluation.contenders import FULL_CACHE, UNIFORM, Contender, plan_contenders
+from kvcompress.evaluation.params import ComparePlansParams
+from kvcompress.evaluation.perplexity import score_continuation
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import score_continuation
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
-from kvcompress.params.ablation import ComparePlansParams
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
 from kvcompress.sensitivity.measure import measure_sensitivity

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
-from kvcompress.planning.shapes import class_table_plan, flat, inverted, per_layer, shuffled, size_key, uniform_at
+from kvcompress.planning.reference_plans import (
+    class_table_plan,
+    flat,
+    inverted,
+    per_layer,
+    shuffled,
+    size_key,
+    uniform_at,
+)
 
 retentions = st.one_of(
     st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 99), st.just(0), st.just(""))

@@ -8,7 +8,7 @@ import pytest
 
 from kvcompress.core.errors import InputError
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.spending import hull, pieces, spend
+from kvcompress.planning.knapsack import hull, pieces, spend
 
 
 def test_budgets_are_read_and_counted() -> None:

@@ -20,7 +20,7 @@ from kvcompress.cli.common import (
     read_texts,
 )
 from kvcompress.core.errors import InputError
-from kvcompress.params.benchmark import BASELINES, HEAD_AWARE, METHODS
+from kvcompress.evaluation.benchmark_params import BASELINES, HEAD_AWARE, METHODS
 
 
 def methods_of(named: list[str] | None, everything: bool, has_files: bool) -> list[str]:
@@ -82,10 +82,10 @@ def benchmark(
     from kvcompress.core.artifacts import write_json
     from kvcompress.core.params import override
     from kvcompress.core.plan import RetentionPlan
+    from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
+    from kvcompress.evaluation.benchmark_params import BenchmarkParams
     from kvcompress.evaluation.benchmark_report import show
     from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
-    from kvcompress.evaluation.entrants import entrants_for, require_known
-    from kvcompress.params.benchmark import BenchmarkParams
 
     require_known(methods)
     amounts = {"num_samples": num_samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "share": share}

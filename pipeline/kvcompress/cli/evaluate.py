@@ -74,10 +74,10 @@ def evaluate(
 
     from kvcompress.core.artifacts import write_json
     from kvcompress.core.plan import RetentionPlan
-    from kvcompress.evaluation.ablation import compare
+    from kvcompress.evaluation.compare import compare
     from kvcompress.evaluation.contenders import plan_contenders
+    from kvcompress.evaluation.params import ComparePlansParams
     from kvcompress.models import distributed
-    from kvcompress.params.ablation import ComparePlansParams
 
     loaded, tokenizer, record = open_model(params)
     settings = ComparePlansParams(

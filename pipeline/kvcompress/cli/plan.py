@@ -22,7 +22,7 @@ from kvcompress.cli.common import (
     share_of,
 )
 from kvcompress.core.errors import InputError
-from kvcompress.params.budgets import BudgetParams
+from kvcompress.planning.params import BudgetParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

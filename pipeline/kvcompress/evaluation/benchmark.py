@@ -19,11 +19,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.cache.ragged_cache import RaggedCache
+from kvcompress.evaluation.benchmark_methods import Entrant
+from kvcompress.evaluation.benchmark_params import BenchmarkParams
 from kvcompress.evaluation.decode_steps import held_bytes
-from kvcompress.evaluation.entrants import Entrant
 from kvcompress.evaluation.timing import OwnMemory, devices_of, timed
 from kvcompress.models.load import input_device
-from kvcompress.params.benchmark import BenchmarkParams
 from kvcompress.texts.corpora import documents
 
 WARM_UP_TOKENS = 128  # on a CPU, once one entrant has read a whole prompt; on a GPU all read all of it

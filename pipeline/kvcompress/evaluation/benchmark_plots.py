@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, write_json
-from kvcompress.params.benchmark import FULL
+from kvcompress.evaluation.benchmark_params import FULL
 
 # Okabe and Ito's colours, and a marker each: full, uniform, plans in their order
 STYLE = (("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#D55E00", "v"), ("#E69F00", "^"), ("#CC79A7", "P"))

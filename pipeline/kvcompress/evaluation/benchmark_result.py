@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.benchmark import run_benchmark, samples_of
+from kvcompress.evaluation.benchmark_methods import Entrant
+from kvcompress.evaluation.benchmark_params import BenchmarkParams
 from kvcompress.evaluation.benchmark_rows import benchmark_rows
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
-from kvcompress.evaluation.entrants import Entrant
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.timing import copy_bandwidth, process_peak_bytes
 from kvcompress.models.load import input_device
-from kvcompress.params.benchmark import BenchmarkParams
 
 
 def require_fit(params: BenchmarkParams, max_context: int, model: str, growing: bool) -> None:

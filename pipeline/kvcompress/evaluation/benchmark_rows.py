@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from kvcompress.evaluation.benchmark import Record
-from kvcompress.evaluation.entrants import Entrant
+from kvcompress.evaluation.benchmark_methods import Entrant
+from kvcompress.evaluation.benchmark_params import FULL
 from kvcompress.evaluation.intervals import BLOCK, paired_difference
 from kvcompress.evaluation.timing import Spread, times_faster
-from kvcompress.params.benchmark import FULL
 
 NOTHING_TO_COMPRESS = "keeps everything"
 CHOOSES_ON_READING = "chooses by the prompt's queries while it reads: see prefill"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.evaluation.scoring import streaming_cache
+from kvcompress.evaluation.perplexity import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
 from kvcompress.models.head_shards import over_parts, part_of
 from kvcompress.models.load import input_device, model_shape
-from kvcompress.planning.shapes import class_table_plan
+from kvcompress.planning.reference_plans import class_table_plan
 
 WINDOW = 1024  # predicted tokens a point
 

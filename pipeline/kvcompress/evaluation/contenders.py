@@ -8,11 +8,11 @@ from typing import Any
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
+from kvcompress.evaluation.params import AblationParams
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models.load import ModelShape, model_shape
-from kvcompress.params.ablation import AblationParams
-from kvcompress.planning.shapes import class_table_plan, inverted, per_layer, shuffled, uniform_at
+from kvcompress.planning.reference_plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
+from kvcompress.evaluation.benchmark_params import FULL, BenchmarkParams
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
-from kvcompress.params.benchmark import FULL, BenchmarkParams
 from kvcompress.scores.selection_rule import evidence_slots
 
 

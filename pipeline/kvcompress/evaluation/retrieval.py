@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress.evaluation.scoring import streaming_cache
+from kvcompress.evaluation.perplexity import streaming_cache
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
 from kvcompress.models.load import input_device

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.models.load import model_shape
-from kvcompress.params.budgets import BudgetParams
 from kvcompress.planning.budget import Budget
+from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams

@@ -13,11 +13,11 @@ from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.choosing import ChoosingPricing
-from kvcompress.planning.early import favour, is_early
+from kvcompress.planning.early_layers import favour, is_early
+from kvcompress.planning.knapsack import level, scaled
 from kvcompress.planning.pricing import Priced, Pricing
-from kvcompress.planning.shapes import class_table_plan, inverted, shuffled
-from kvcompress.planning.spending import level, scaled
+from kvcompress.planning.reference_plans import class_table_plan, inverted, shuffled
+from kvcompress.planning.select_pricing import ChoosingPricing
 from kvcompress.scores.selection_rule import Choosing, evidence_slots
 from kvcompress.sensitivity.prices import Sensitivity
 
@@ -28,7 +28,7 @@ class Planner:
 
     `balance`: nats a token of text that it is worth to answer every question about far facts. `classifications`: the class
     table's file, needed by its two policies alone. `choosing`: how a cache of the policy `select` chooses keys; `early`:
-    how much more than by price its plans give to early layers (`kvcompress.planning.early`), 1 for prices alone.
+    how much more than by price its plans give to early layers (`kvcompress.planning.early_layers`), 1 for prices alone.
     """
 
     sensitivity: Sensitivity
@@ -169,7 +169,7 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 
 
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
-    """Windows and keys that scores choose, by measured price (`kvcompress.planning.choosing`).
+    """Windows and keys that scores choose, by measured price (`kvcompress.planning.select_pricing`).
 
     What the cache keeps of queries to choose by comes out of the budget (`kvcompress.scores.selection_rule.evidence_slots`); where
     that makes them too dear, heads choose by other scores, or not at all.

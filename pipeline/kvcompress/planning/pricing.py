@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcompress.core.errors import InputError
-from kvcompress.planning.spending import pieces, spend
+from kvcompress.planning.knapsack import pieces, spend
 from kvcompress.sensitivity.prices import Sensitivity
 
 DISTANCES = 64  # at which a fact is looked for, evenly over the context

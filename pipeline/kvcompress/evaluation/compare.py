@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
+from kvcompress.evaluation.params import ScoringParams
+from kvcompress.evaluation.perplexity import Documents, Score, score_contenders
 from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.evaluation.scoring import Documents, Score, score_contenders
-from kvcompress.params.ablation import ScoringParams
 from kvcompress.texts.corpora import documents_of_all
 from kvcompress.texts.retrieval_tasks import Case, make_cases
 

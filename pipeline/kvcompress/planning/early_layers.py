@@ -7,7 +7,7 @@ No single passage's price holds that: it builds up over the text.
 
 import numpy as np
 
-from kvcompress.planning.spending import level, scaled
+from kvcompress.planning.knapsack import level, scaled
 
 
 def is_early(layers: int, kv_heads: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 
 from kvcompress.core.retention import Retention
+from kvcompress.planning.knapsack import pieces, spend
 from kvcompress.planning.pricing import DISTANCES, Priced, Pricing, numbers
-from kvcompress.planning.spending import pieces, spend
 from kvcompress.scores.registry import make_score
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.selection_outputs import chosen_of

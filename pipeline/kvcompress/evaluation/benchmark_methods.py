@@ -7,6 +7,7 @@ from typing import Any
 
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
+from kvcompress.evaluation.benchmark_params import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.methods.compressor import Compressor
 from kvcompress.methods.fix_size_l2 import FixSizeL2Compressor
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
@@ -14,8 +15,7 @@ from kvcompress.methods.l2_compress import L2Compressor
 from kvcompress.methods.recent_only import RecentOnlyCompressor
 from kvcompress.methods.streaming_llm import StreamingLLMCompressor
 from kvcompress.models.load import model_shape
-from kvcompress.params.benchmark import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
-from kvcompress.planning.shapes import class_table_plan
+from kvcompress.planning.reference_plans import class_table_plan
 
 SKIPPED = (0, 1)  # layers that the L2 methods leave full
 
