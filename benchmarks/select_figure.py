@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, read_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.ablation_data import OTHER, STYLE
+from kvcompress.reporting.comparison_data import OTHER, STYLE
 
 SCORES = {
     "select snapkv": ("#E69F00", "D"),

@@ -23,7 +23,6 @@ from benchmarks.select_contenders import policy_contenders, select_contenders
 from kvcompress.cache.layer import Prefill
 from kvcompress.core.artifacts import read_model, write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.ablation_data import interval_cell
 from kvcompress.evaluation.compare import retrieval_rows, rival_row, rounded, text_rows
 from kvcompress.evaluation.contenders import FULL_CACHE, Contender
 from kvcompress.evaluation.environment import environment
@@ -35,6 +34,7 @@ from kvcompress.models.load import ModelRecord, load_folder, locate_model
 from kvcompress.models.params import ModelParams, source_of
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
+from kvcompress.reporting.comparison_data import interval_cell
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import Choosing
 from kvcompress.sensitivity.prices import Sensitivity

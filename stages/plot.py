@@ -7,13 +7,13 @@ import typer
 
 from kvcompress.analysis.params import ThresholdParams
 from kvcompress.analysis.plot_data import save_plot_data
-from kvcompress.analysis.report import analysis_summary
+from kvcompress.analysis.validation_report import analysis_summary
 from kvcompress.analysis.visualize import save_figures
 from kvcompress.core.artifacts import write_text
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model
 from kvcompress.core.params import load_section
-from kvcompress.params.plots import PlotParams
+from kvcompress.reporting.params import PlotParams
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

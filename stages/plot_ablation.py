@@ -8,11 +8,11 @@ import typer
 from kvcompress.core.artifacts import read_json, write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
-from kvcompress.evaluation.ablation_data import rows_of
-from kvcompress.evaluation.ablation_plots import save_ablation_plots
-from kvcompress.evaluation.ablation_report import report
 from kvcompress.evaluation.params import ScoringParams
-from kvcompress.params.plots import PlotParams
+from kvcompress.reporting.comparison_data import rows_of
+from kvcompress.reporting.comparison_plots import save_ablation_plots
+from kvcompress.reporting.comparison_report import report
+from kvcompress.reporting.params import PlotParams
 from stages.common import ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

@@ -8,9 +8,9 @@ import typer
 from kvcompress.core.artifacts import read_json, write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
-from kvcompress.evaluation.benchmark_plots import save_benchmark_plots
-from kvcompress.evaluation.benchmark_report import report
-from kvcompress.params.plots import PlotParams
+from kvcompress.reporting.benchmark_plots import save_benchmark_plots
+from kvcompress.reporting.benchmark_report import report
+from kvcompress.reporting.params import PlotParams
 from stages.common import ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

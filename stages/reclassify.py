@@ -11,7 +11,7 @@ import typer
 
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.params import ThresholdParams, WindowParams
-from kvcompress.analysis.report import class_metrics, validation_report
+from kvcompress.analysis.validation_report import class_metrics, validation_report
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.head_classes import load_classifications, save_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model

@@ -10,11 +10,11 @@ from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.page.document import document
-from kvcompress.page.heads import require_same_heads
-from kvcompress.page.inputs import load_plans, load_prices, load_results
-from kvcompress.page.sections import Inputs
 from kvcompress.planning.params import BudgetParams
+from kvcompress.reporting.page.document import document
+from kvcompress.reporting.page.heads import require_same_heads
+from kvcompress.reporting.page.inputs import load_plans, load_prices, load_results
+from kvcompress.reporting.page.sections import Inputs
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()

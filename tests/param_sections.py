@@ -3,11 +3,12 @@
 import importlib
 import pkgutil
 
-import kvcompress.params
+import kvcompress
 from kvcompress.core.params import SectionParams
 
-for module in pkgutil.iter_modules(kvcompress.params.__path__):
-    importlib.import_module(f"kvcompress.params.{module.name}")
+for module in pkgutil.walk_packages(kvcompress.__path__, "kvcompress."):
+    if module.name.endswith("params"):
+        importlib.import_module(module.name)
 
 
 def below(base: type[SectionParams]) -> dict[str, type[SectionParams]]:

@@ -12,12 +12,12 @@ from kvcompress.collect.collect import collect_attention
 from kvcompress.collect.params import StatisticsParams
 from kvcompress.collect.statistics import compute_statistics
 from kvcompress.core.head_classes import save_classifications
-from kvcompress.evaluation.ablation_data import pareto_data
-from kvcompress.evaluation.ablation_plots import save_ablation_plots
-from kvcompress.evaluation.ablation_report import report, verdict
 from kvcompress.evaluation.compare import metrics, run_ablation
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
 from kvcompress.evaluation.params import AblationParams
+from kvcompress.reporting.comparison_data import pareto_data
+from kvcompress.reporting.comparison_plots import save_ablation_plots
+from kvcompress.reporting.comparison_report import report, verdict
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 

@@ -14,9 +14,9 @@ from kvcompress.core.head_classes import HeadClassification, HeadType, save_clas
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.benchmark_params import BASELINES, METHODS, BenchmarkParams
-from kvcompress.evaluation.benchmark_plots import growth_columns, method_data
-from kvcompress.evaluation.benchmark_report import GROWTH, QUALITY, SPEED, report, terminal
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
+from kvcompress.reporting.benchmark_plots import growth_columns, method_data
+from kvcompress.reporting.benchmark_report import GROWTH, QUALITY, SPEED, report, terminal
 from stages import benchmark, plot_benchmark
 from tests.project import copy_project, stage_here
 from tests.tiny import tiny_model

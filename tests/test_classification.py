@@ -7,7 +7,7 @@ import pytest
 
 from kvcompress.analysis.classification import classify_first_pass, classify_heads, classify_refined
 from kvcompress.analysis.params import ThresholdParams, WindowParams
-from kvcompress.analysis.report import class_metrics, validation_report
+from kvcompress.analysis.validation_report import class_metrics, validation_report
 from kvcompress.core.head_classes import (
     HeadClassification,
     HeadType,

@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from kvcompress.analysis.class_style import STYLE as CLASSES
-from kvcompress.evaluation.ablation_data import OTHER
-from kvcompress.evaluation.ablation_data import STYLE as METHODS
+from kvcompress.core.class_style import STYLE as CLASSES
+from kvcompress.reporting.comparison_data import OTHER
+from kvcompress.reporting.comparison_data import STYLE as METHODS
 from tests.project import ROOT
 
 PLOTS = ROOT / ".dvc/plots"

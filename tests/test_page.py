@@ -10,13 +10,13 @@ import pytest
 
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError
-from kvcompress.evaluation.ablation_data import pareto_data
-from kvcompress.evaluation.ablation_report import report, verdict
-from kvcompress.page.chart import marker
-from kvcompress.page.markup import number, tag
-from kvcompress.page.pareto import LOOKS, heights, pareto
-from kvcompress.page.scale import CIVIDIS, Scale, cividis, ink_on, linear_ticks, log_ticks, luminance
-from kvcompress.page.speed import method_of
+from kvcompress.reporting.comparison_data import pareto_data
+from kvcompress.reporting.comparison_report import report, verdict
+from kvcompress.reporting.page.chart import marker
+from kvcompress.reporting.page.markup import number, tag
+from kvcompress.reporting.page.pareto import LOOKS, heights, pareto
+from kvcompress.reporting.page.scale import CIVIDIS, Scale, cividis, ink_on, linear_ticks, log_ticks, luminance
+from kvcompress.reporting.page.speed import method_of
 from tests.page_files import HEADS, KV_HEADS, LAYERS, ablation, benchmark, comparison, made_page, row, write_files
 
 HOSTILE = """<script>alert("x")</script>&'</title>"""

@@ -9,7 +9,7 @@ import pytest
 
 from kvcompress.analysis.plot_data import save_plot_data
 from kvcompress.core.artifacts import read_json, write_json
-from kvcompress.evaluation.ablation_data import pareto_data, retrieval_data
+from kvcompress.reporting.comparison_data import pareto_data, retrieval_data
 from tests.chromium import needs_browser, show
 from tests.page_files import HEADS, LAYERS, classified, head, made_page, write_files
 from tests.project import ROOT, run

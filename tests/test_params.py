@@ -11,7 +11,7 @@ from kvcompress.core.params import SECTIONS, load_section
 from kvcompress.evaluation.params import AblationParams
 from kvcompress.models.machine_params import MachineParams
 from kvcompress.models.params import ModelParams
-from kvcompress.params.plots import PlotParams
+from kvcompress.reporting.params import PlotParams
 from kvcompress.texts.params import CorpusParams
 from tests.param_sections import CLASSES
 

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kvcompress.analysis.report import retention_word
+from kvcompress.analysis.validation_report import retention_word
 from kvcompress.cli.main import app
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, load_classifications, save_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, HeadCompressionConfig, Retention, intersection, union
 from kvcompress.methods import HeadAwareCompressor, head_aware_compress
-from kvcompress.page.heads import slots_text
+from kvcompress.reporting.page.heads import slots_text
 from kvcompress.scores.selection_rule import Choosing
 from tests.cache_tools import feed, model_of, tokens
 from tests.project import ROOT

@@ -49,7 +49,7 @@ def test_unpacked_it_is_imported_and_runs(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import kvcompress\nfrom kvcompress.methods import StreamingLLMCompressor\n"
         "from kvcompress.planning import make_plan\nfrom kvcompress.analysis import AttentionAnalyzer\n"
-        "from kvcompress.page.document import HERE\nfrom kvcompress.cli.main import run\n"
+        "from kvcompress.reporting.page.document import HERE\nfrom kvcompress.cli.main import run\n"
         "print(kvcompress.__file__, (HERE / 'page.css').is_file(), flush=True)\nrun()"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}", "--help"]

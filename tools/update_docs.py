@@ -16,8 +16,8 @@ import typer
 from benchmarks.select_quality import table as select_table
 from kvcompress.core.artifacts import read_json, read_text, write_text
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.evaluation.ablation_data import by_size, facts_cells, leading_cells, rows_of
-from kvcompress.evaluation.ablation_report import origin, plan_table, verdict
+from kvcompress.reporting.comparison_data import by_size, facts_cells, leading_cells, rows_of
+from kvcompress.reporting.comparison_report import origin, plan_table, verdict
 from tools.cost_tables import batch, choosing, kernel, prefill, steps
 from tools.cost_tables import table as table_of
 from tools.scaling_tables import long, scaling

@@ -19,7 +19,7 @@ from kvcompress.analysis.classification import (
     classify_heads,
 )
 from kvcompress.analysis.params import ThresholdParams, WindowParams
-from kvcompress.analysis.report import analysis_summary
+from kvcompress.analysis.validation_report import analysis_summary
 from kvcompress.collect.collect import collect_attention
 from kvcompress.collect.params import StatisticsParams
 from kvcompress.collect.statistics import compute_statistics, describe_measure

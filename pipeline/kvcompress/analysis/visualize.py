@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kvcompress.analysis.class_style import LABELS, STYLE
 from kvcompress.analysis.params import ThresholdParams
 from kvcompress.core.artifacts import atomic_path
+from kvcompress.core.class_style import LABELS, STYLE
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
 

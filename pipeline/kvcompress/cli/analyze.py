@@ -46,7 +46,7 @@ def analyze(
     texts = read_texts(text)
 
     from kvcompress.analysis.classification import classify_heads
-    from kvcompress.analysis.report import validation_report
+    from kvcompress.analysis.validation_report import validation_report
     from kvcompress.cli.head_map import class_map
     from kvcompress.collect.collect import collect_attention
     from kvcompress.collect.params import StatisticsParams

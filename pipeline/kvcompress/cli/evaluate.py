@@ -30,7 +30,7 @@ def show_rows(result: Mapping[str, Any], console: "Console") -> None:
     """A line for every cache, and in words who wins at equal bytes."""
     from rich.table import Table
 
-    from kvcompress.evaluation.ablation_report import origin, verdict
+    from kvcompress.reporting.comparison_report import origin, verdict
 
     rows = result["rows"]
     table = Table("cache", "bytes", "perplexity", "KL", *rows[0]["retrieval"])

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from kvcompress.analysis.class_style import LETTERS
+from kvcompress.core.class_style import LETTERS
 from kvcompress.core.head_classes import ClassificationFile, HeadType
 from kvcompress.core.plan import RetentionPlan
 

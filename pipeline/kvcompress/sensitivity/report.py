@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from kvcompress.analysis.report import REFINED, RULE, model_lines, section
+from kvcompress.analysis.validation_report import REFINED, RULE, model_lines, section
 from kvcompress.core.head_classes import HeadClassification
 from kvcompress.core.head_statistics import StatisticsFile
 from kvcompress.sensitivity.plot_data import near_window

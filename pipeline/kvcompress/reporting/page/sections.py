@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 from kvcompress.core.head_classes import HeadClassification
 from kvcompress.core.head_statistics import StatisticsFile
-from kvcompress.evaluation.ablation_data import rows_of
-from kvcompress.evaluation.ablation_report import counted, origin
-from kvcompress.page.facts import heat_maps
-from kvcompress.page.head_map import class_map, number_map, row_id, side_by_side
-from kvcompress.page.heads import QUERY_HEADER, Plans, Prices, grid, price_header, price_table, query_rows
-from kvcompress.page.markup import Html, details, table, tag
-from kvcompress.page.pareto import contender_table, pareto
-from kvcompress.page.scale import Scale
-from kvcompress.page.speed import speed
-from kvcompress.page.summary import summary
+from kvcompress.reporting.comparison_data import rows_of
+from kvcompress.reporting.comparison_report import counted, origin
+from kvcompress.reporting.page.facts import heat_maps
+from kvcompress.reporting.page.head_map import class_map, number_map, row_id, side_by_side
+from kvcompress.reporting.page.heads import QUERY_HEADER, Plans, Prices, grid, price_header, price_table, query_rows
+from kvcompress.reporting.page.markup import Html, details, table, tag
+from kvcompress.reporting.page.pareto import contender_table, pareto
+from kvcompress.reporting.page.scale import Scale
+from kvcompress.reporting.page.speed import speed
+from kvcompress.reporting.page.summary import summary
 
 Results = Sequence[Mapping[str, Any]]
 

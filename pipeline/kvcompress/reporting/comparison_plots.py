@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, write_json
-from kvcompress.evaluation.ablation_data import JOINED, OTHER, STYLE, Rows, pareto_data, retrieval_data
+from kvcompress.reporting.comparison_data import JOINED, OTHER, STYLE, Rows, pareto_data, retrieval_data
 
 
 def pareto_figure(rows: Rows, subtitle: str) -> Figure:

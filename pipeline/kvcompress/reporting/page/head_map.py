@@ -6,11 +6,11 @@ A cell knows nothing but its place; what is said about its head stands once, in 
 
 from collections.abc import Callable, Sequence
 
-from kvcompress.analysis.class_style import LABELS, LETTERS, STYLE
+from kvcompress.core.class_style import LABELS, LETTERS, STYLE
 from kvcompress.core.head_classes import HeadType
-from kvcompress.page.heads import Grid
-from kvcompress.page.markup import Html, joined, tag
-from kvcompress.page.scale import Scale, cividis, ink_on
+from kvcompress.reporting.page.heads import Grid
+from kvcompress.reporting.page.markup import Html, joined, tag
+from kvcompress.reporting.page.scale import Scale, cividis, ink_on
 
 STEP, LEFT, BOTTOM = 12, 24, 25  # of one cell, of the margins; units of the picture
 STRIPES = 24  # of a legend

@@ -1,8 +1,8 @@
 """Where in the context facts are still found: one heat map a task, contenders by depth, numbers in the cells."""
 
-from kvcompress.evaluation.ablation_data import Rows
-from kvcompress.page.markup import Html, tag
-from kvcompress.page.scale import cividis, ink_on
+from kvcompress.reporting.comparison_data import Rows
+from kvcompress.reporting.page.markup import Html, tag
+from kvcompress.reporting.page.scale import cividis, ink_on
 
 TASKS = {
     "passkey": "a five-digit key, said twice",

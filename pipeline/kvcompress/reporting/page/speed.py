@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvcompress.core.errors import InputError
-from kvcompress.evaluation.ablation_data import OTHER
-from kvcompress.evaluation.ablation_report import counted
-from kvcompress.page.chart import Axis, Point, Series, chart
-from kvcompress.page.markup import Html, number, table, tag
-from kvcompress.page.pareto import LOOKS
-from kvcompress.page.scale import Scale, linear_ticks
+from kvcompress.reporting.comparison_data import OTHER
+from kvcompress.reporting.comparison_report import counted
+from kvcompress.reporting.page.chart import Axis, Point, Series, chart
+from kvcompress.reporting.page.markup import Html, number, table, tag
+from kvcompress.reporting.page.pareto import LOOKS
+from kvcompress.reporting.page.scale import Scale, linear_ticks
 
 Results = Sequence[Mapping[str, Any]]
 Row = Mapping[str, Any]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from kvcompress.core.artifacts import read_text
-from kvcompress.page.markup import Html, joined, tag
-from kvcompress.page.sections import Inputs, sections
+from kvcompress.reporting.page.markup import Html, joined, tag
+from kvcompress.reporting.page.sections import Inputs, sections
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcompress.page.markup import Html, number, tag
-from kvcompress.page.scale import Scale
+from kvcompress.reporting.page.markup import Html, number, tag
+from kvcompress.reporting.page.scale import Scale
 
 WIDTH, HEIGHT = 460, 330
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 42

@@ -6,10 +6,10 @@ Also how every method looks, which is the same in all charts of the page.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.evaluation.ablation_data import JOINED, OTHER, Rows, by_size, facts_cells, leading_cells, pareto_data
-from kvcompress.page.chart import Axis, Point, Series, chart
-from kvcompress.page.markup import Html, details, table
-from kvcompress.page.scale import Scale, log_ticks
+from kvcompress.reporting.comparison_data import JOINED, OTHER, Rows, by_size, facts_cells, leading_cells, pareto_data
+from kvcompress.reporting.page.chart import Axis, Point, Series, chart
+from kvcompress.reporting.page.markup import Html, details, table
+from kvcompress.reporting.page.scale import Scale, log_ticks
 
 # method -> (colour, marker), each pair once; most colours are Okabe and Ito's, relatives share one
 LOOKS = {

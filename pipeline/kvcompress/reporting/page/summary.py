@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.evaluation.ablation_data import Rows
-from kvcompress.evaluation.ablation_report import outcome, verdict
 from kvcompress.evaluation.intervals import CONFIDENCE
-from kvcompress.page.markup import Html, details, tag
+from kvcompress.reporting.comparison_data import Rows
+from kvcompress.reporting.comparison_report import outcome, verdict
+from kvcompress.reporting.page.markup import Html, details, tag
 
 WORDS = {
     "wins": ("▲", "wins"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.analysis.class_style import LABELS
+from kvcompress.core.class_style import LABELS
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification
 from kvcompress.core.head_statistics import HeadStatistics
