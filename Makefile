@@ -52,10 +52,10 @@ lock:
 	  rm -rf $$scratch build; head -1 requirements.lock
 
 deps: setup
-	@python -m tests.write_deps
+	@python -m tests.project.write_deps
 
 wheel-test: setup
-	@python -m tests.wheel_trial
+	@python -m tests.project.wheel_trial
 
 plots-page:
 	@scratch=$$(mktemp -d) && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $$scratch \

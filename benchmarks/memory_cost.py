@@ -80,7 +80,7 @@ def resident(
     """Compare fresh processes with a compressed cache and with DynamicCache: saved and predicted bytes, within 10 %."""
     found = {}
     # The fresh processes have to find this very kvcompress, installed or not.
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for part in (0.0, share):
         command = [sys.executable, "-m", "benchmarks.memory_cost", "one", str(folder), str(part)]

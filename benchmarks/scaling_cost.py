@@ -34,7 +34,7 @@ Documents = Annotated[int, typer.Option(help=f"Documents in all, a multiple of {
 
 def measured(folder: Path, processes: int, documents: int, tokens: int) -> dict[str, Any]:
     """What one run of fresh processes reports. Raises `KVCompressError` where it fails."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "seconds.json")

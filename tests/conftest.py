@@ -2,7 +2,7 @@
 
 import pytest
 
-LONGEST = ("pipeline", "evaluation_costs", "how_to_add", "cache_oracle", "readme_runs", "stages", "wheel", "graphs")
+LONGEST = ("pipeline", "costs", "how_to_add", "oracle", "readme_runs", "stages", "wheel", "cuda_graph")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,227 @@
+"""The report page as a file: everything in it, everything escaped, nothing asked of a server, the same bytes each time."""
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError
+from kvcompress.reporting.comparison_data import pareto_data
+from kvcompress.reporting.comparison_report import report, verdict
+from kvcompress.reporting.page.chart import marker
+from kvcompress.reporting.page.markup import number, tag
+from kvcompress.reporting.page.pareto import LOOKS, heights, pareto
+from kvcompress.reporting.page.scale import CIVIDIS, Scale, cividis, ink_on, linear_ticks, log_ticks, luminance
+from kvcompress.reporting.page.speed import method_of
+from tests.reporting.page_files import (
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    ablation,
+    benchmark,
+    comparison,
+    made_page,
+    row,
+    write_files,
+)
+
+HOSTILE = """<script>alert("x")</script>&'</title>"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return made_page(write_files(tmp_path_factory.mktemp("page"), speed=True))
+
+
+class Balanced(HTMLParser):
+    """Whether every tag is closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, name: str, attributes: list) -> None:
+        self.seen.append((name, dict(attributes)))
+        if name not in ("meta", "br", "hr"):
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+
+def table_row(page: str, key: str) -> list[str]:
+    (found,) = re.findall(rf'<tr id="{key}">(.*?)</tr>', page)
+    return [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", found)]
+
+
+def test_markup_is_balanced_and_ids_are_unique(page: str) -> None:
+    found = Balanced(page)
+    assert found.open == []
+    ids = [attributes["id"] for _, attributes in found.seen if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [attributes["href"] for name, attributes in found.seen if name == "a"]
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_nothing_is_asked_of_a_server(page: str) -> None:
+    assert "default-src 'none'" in unescape(page)
+    assert not re.search(r"https?:|src=|@import|url\(|<link", page)
+
+
+def test_all_heads_are_in_every_map_and_in_the_tables(page: str) -> None:
+    for kind, heads, least in (("q", HEADS, 6), ("k", KV_HEADS, 4)):
+        maps = re.findall(rf'<svg [^>]*data-rows="{kind}"[^>]*>(.*?)</svg>', page)
+        assert len(maps) == least
+        assert {one.count("<rect") for one in maps} == {LAYERS * heads}
+        rows = re.findall(rf'<tr id="{kind}(\d+)-(\d+)">', page)
+        assert rows == [(str(i), str(j)) for i in range(LAYERS) for j in range(heads)]
+
+
+def test_what_is_said_of_a_head_is_what_the_files_say(page: str) -> None:
+    assert table_row(page, "q2-3") == ["2.3", "gathering", "full", "3.75", "0.230", "0.200", "0.375"]
+    assert table_row(page, "q1-1") == ["1.1", "sink-positional", "9", "2.25", "0.110", "0.100", "0.125"]
+    assert table_row(page, "k0-0") == ["0.0", "0.000", "-0.100", "2,048 (all)", "2,048 (all)"]
+    assert table_row(page, "k2-1") == ["2.1", "2.500", "0.150", "16 (4 + 12)", "64 (4 + 60)"]
+
+
+def test_verdicts_are_the_reports_own(page: str) -> None:
+    said = [unescape(one) for one in re.findall(r'<span class="verdict">(.*?)</span>', page)]
+    results = comparison("maker/made-up") + ablation("maker/made-up")
+    sentences = [sentence for one in results for row in one["rows"] if (sentence := verdict(row))]
+    assert sorted(said) == sorted(sentences)
+    assert all(sentence in report(results) for sentence in said)
+    shown = [unescape(one) for one in re.findall(r'<span class="verdict">(.*?)</span>', page.split("<details>")[0])]
+    assert shown == [one for one in said if one.startswith("class table loses to the uniform cache of its bytes: ")]
+    assert len(shown) == 1
+    assert page.count('class="badge loses"') == 2
+
+
+def test_a_card_is_named_after_its_budget_and_says_what_it_holds(tmp_path: Path) -> None:
+    folder, results = write_files(tmp_path), comparison("maker/made-up")
+    for name, share in (("select-6.25", 0.0628), ("select-60tokens", 0.03)):
+        results[0]["rows"].append(row(name, "select", share, 19.0, ("uniform = priced-25", -0.2, -0.1)))
+    write_json(folder / "reports/plan_comparison.json", results)
+    cards = re.findall(r'<article class="card">(.*?)</article>', made_page(folder))
+    titles = [re.findall(r"<h4>(.*?)<span", one)[0] for one in cards]
+    assert titles == ["Budget 25%", "Budget 50%", "Budget 6.25%", "Budget 60tokens"]
+    assert "holds 6.28% of the full cache" in cards[2]
+
+
+def test_a_method_looks_the_same_in_every_chart_and_like_no_other(page: str) -> None:
+    assert len(set(LOOKS.values())) == len(LOOKS)
+    growth = page.split('id="speed"')[1]
+    for name, method in (("full cache", "full"), ("head_aware", "class table")):
+        colour, shape = LOOKS[method]
+        assert f"{marker(shape, colour, 8, 8)}</svg>{name}</li>" in growth
+    assert [method_of(name, said) for name, said in (("uniform 25%", ""), ("mine", "plan: select"), ("full", "x"))] == [
+        "uniform sink + window",
+        "select",
+        "full",
+    ]
+
+
+def test_what_lies_far_above_the_lines_does_not_stretch_the_axis() -> None:
+    rows = comparison("m")[0]["rows"]
+    assert max(heights(pareto_data(rows))) < 21
+    drawn = pareto(rows, "plans")
+    assert drawn.count("↑") == 1
+    assert "↑ 25</text>" in drawn
+    assert max(heights(pareto_data(rows[:1]))) == 18
+
+
+def test_every_run_of_a_benchmark_has_a_heading_of_its_own(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    one, two = benchmark("m")[0], benchmark("m")[0]
+    two["rows"][1]["name"], two["growth"] = "recent_only", []
+    write_json(folder / "reports/benchmark.json", [one, two])
+    speed = made_page(folder).split('id="speed"')[1]
+    assert "<h3>Full cache, head_aware</h3>" in speed
+    assert "<h3>Full cache, recent_only</h3>" in speed
+    assert "Compare methods within a table" in speed
+
+
+def test_the_benchmark_is_left_out_where_there_is_none(page: str, tmp_path: Path) -> None:
+    without = made_page(write_files(tmp_path))
+    assert 'id="speed"' in page
+    assert "90 ms" in page
+    assert 'id="speed"' not in without
+    assert "#speed" not in without
+    assert len(re.findall('class="chart"', page)) == 3
+    broken = benchmark("m")
+    del broken[0]["rows"][1]["bytes_peak"]
+    write_json(tmp_path / "reports/benchmark.json", broken)
+    with pytest.raises(InputError, match="the benchmark's results have no 'bytes_peak'"):
+        made_page(tmp_path)
+
+
+def test_a_hostile_name_is_only_text(tmp_path: Path) -> None:
+    model = HOSTILE.replace("/", "∕")  # a slash divides owner and name
+    folder = write_files(tmp_path, model)
+    results = comparison(model)
+    results[0]["rows"][1]["name"] = HOSTILE
+    write_json(folder / "reports/plan_comparison.json", results)
+    page = made_page(folder)
+    assert "<script>alert" not in page
+    assert page.count("</title>") == 1
+    assert page.count("<script>") == 1
+    assert Balanced(page).open == []
+    assert "&lt;script&gt;alert(&quot;x&quot;)" in page
+
+
+def test_the_same_files_give_the_same_bytes(page: str, tmp_path: Path) -> None:
+    assert made_page(write_files(tmp_path, speed=True)) == page
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("reports/plots/prices.json", lambda rows: rows[:-1], "the prices of KV heads are not those of 3 layers"),
+        ("reports/plots/prices.json", lambda rows: [{}], "does not hold the prices of KV heads"),
+        ("reports/ablation.json", lambda rows: {}, "holds no results"),
+        ("reports/plan_comparison.json", None, "cannot read"),
+        ("reports/plans/maker--made-up", None, "holds no plan of the policy 'priced'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, file: str, change, message: str) -> None:
+    folder = write_files(tmp_path)
+    path = folder / file
+    if change:
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        path.rename(path.with_name("elsewhere"))
+    with pytest.raises(InputError, match=message):
+        made_page(folder)
+    assert not (folder / "reports/index.html").exists()
+
+
+def test_tags_escape_all_that_is_not_markup() -> None:
+    assert tag("p", "<&", tag("b", 1.50), None, class_='"', hidden=True, title=None) == (
+        '<p class="&quot;" hidden>&lt;&amp;<b>1.5</b></p>'
+    )
+    assert [number(value) for value in (-0.0001, 10.0, 0.126, 100)] == ["0", "10", "0.13", "100"]
+
+
+def test_scales_place_and_paint() -> None:
+    assert [Scale(1, 100, "log")(value) for value in (0, 1, 10, 100, 1e9)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert Scale(0, 4, "root")(1) == pytest.approx(0.5)
+    for kind in ("linear", "log", "root"):
+        scale = Scale(2, 50, kind)  # type: ignore[arg-type]
+        assert scale(scale.middle()) == pytest.approx(0.5)
+    assert cividis(0) == "#00224e"
+    assert cividis(2) == "#fee838"
+    levels = [luminance(cividis(i / 20)) for i in range(21)]
+    assert levels == sorted(levels)
+    assert len(CIVIDIS) == 10
+    for i in range(21):
+        colour = cividis(i / 20)
+        ink = {"#000": 0.0, "#fff": 1.0}[ink_on(colour)]
+        dark, light = sorted((luminance(colour), ink))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert log_ticks(6, 100) == [10, 20, 50, 100]
+    assert linear_ticks(0, 120) == [0, 20, 40, 60, 80, 100, 120]
