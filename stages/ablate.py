@@ -17,8 +17,7 @@ from kvcompress.models.load import load_model
 from kvcompress.reporting.comparison_report import report
 from kvcompress.texts.corpora import documents, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
-from stages.loading import chosen_model, model_params
-from stages.processes import share_documents
+from stages.model_run import chosen_model, model_params, share_documents
 
 app = stage_app()
 

@@ -17,7 +17,7 @@ from kvcompress.models.load import load_model
 from kvcompress.reporting.benchmark_report import show
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
-from stages.loading import chosen_model, model_params
+from stages.model_run import chosen_model, model_params
 
 app = stage_app()
 

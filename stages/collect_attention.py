@@ -14,8 +14,7 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import documents_of_all, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
-from stages.loading import chosen_model, model_params
-from stages.processes import share_documents
+from stages.model_run import chosen_model, model_params, share_documents
 
 app = stage_app()
 

@@ -30,7 +30,7 @@ def stage_app() -> typer.Typer:
 def run(app: typer.Typer, shares: bool = False) -> None:
     """Run the app; an error that a user can mend is printed as one sentence and ends the program with code 1.
 
-    `shares`: the stage knows how to share its work with other processes (`stages.processes`).
+    `shares`: the stage knows how to share its work with other processes (`stages.model_run`).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with said_in_a_sentence():

@@ -13,8 +13,7 @@ from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
-from stages.loading import chosen_model, model_params
-from stages.processes import share_documents
+from stages.model_run import chosen_model, model_params, share_documents
 
 app = stage_app()
 

@@ -8,7 +8,7 @@ from kvcompress.models.load import resolve_model
 from kvcompress.texts.corpora import prepare_corpus
 from kvcompress.texts.params import CorpusParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, run, stage_app
-from stages.loading import model_params
+from stages.model_run import model_params
 
 app = stage_app()
 
