@@ -12,7 +12,7 @@ from kvcompress.models.load import model_shape
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 
 def select_contenders(
@@ -22,7 +22,7 @@ def select_contenders(
     sinks: int = 4,
     recent: float = 0.5,
     scores: Iterable[str] = tuple(SCORES),
-    choosing: Choosing | None = None,
+    choosing: SelectionRule | None = None,
     more: int = 0,
     windows: Sequence[int] = (),
     adaptive: Iterable[str] = (),
@@ -38,7 +38,7 @@ def select_contenders(
     shape = model_shape(config)
     found, names, divided = [full_cache(shape)], tuple(scores), set(adaptive)
     size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
-    rule = choosing or Choosing()
+    rule = choosing or SelectionRule()
     kept_queries = -(-rule.observe * shape.num_attention_heads // (2 * shape.num_key_value_heads))  # in slots of a head
     for share in shares:
         slots, rival = round(share * tokens) + more, f"uniform {share:.2%}"
@@ -75,7 +75,7 @@ def policy_contenders(
     policies: Iterable[str],
     shares: Sequence[float],
     tokens: int,
-    choosing: Choosing,
+    choosing: SelectionRule,
     more: int = 0,
     label: str = "",
 ) -> dict[str, Contender]:

@@ -41,7 +41,7 @@ from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
 from kvcompress.models.tensor_parallel import share
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
@@ -110,7 +110,7 @@ def compressors() -> dict[str, Compressor]:
     return {
         "full cache": HeadAwareCompressor([[FULL] * 4] * 2, query_heads=False),
         "windows": HeadAwareCompressor(WINDOWS.layers, query_heads=False),
-        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, choosing=Choosing(every=4, observe=5)),
+        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, choosing=SelectionRule(every=4, observe=5)),
         "l2": L2Compressor(0.5, 32, skip_layers=[0]),
         "fix": FixSizeL2Compressor(24, 0.5, skip_layers=[]),
         "in the cache": StreamingLLMCompressor(2, 20, positions="cache"),

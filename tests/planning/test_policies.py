@@ -14,7 +14,7 @@ from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.planning.pricing import Pricing
 from kvcompress.planning.reference_plans import flat
-from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.scores.selection_rule import kept_query_slots
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.selection_outputs import Choice
 
@@ -66,7 +66,7 @@ def test_every_budget_is_hit(planner: Planner, policy: str, budget: float | str,
     amount = Budget.parse(budget)
     plan = planner.plan(policy, amount)
     wanted = planner.slots(amount)
-    held = plan.held(CONTEXT) + evidence_slots(plan)
+    held = plan.held(CONTEXT) + kept_query_slots(plan)
     assert held == (pytest.approx(wanted, rel=0.005) if policy == "select" else wanted)
     assert held <= wanted
     if amount.kind == "bytes":

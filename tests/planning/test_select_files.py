@@ -16,7 +16,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, HeadCompressionConfig, Retention, intersection, union
 from kvcompress.methods import HeadAwareCompressor, head_aware_compress
 from kvcompress.reporting.page.heads import slots_text
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import feed, model_of, tokens
 from tests.project.project import ROOT
 
@@ -152,7 +152,7 @@ def test_a_head_that_does_not_select_is_written_as_before(tmp_path: Path) -> Non
 
 def test_uniform_compressors_and_their_summary() -> None:
     model, ids = model_of("llama"), tokens(1, 60)
-    options = {"sink_size": 4, "window_size": 8, "select_size": 20, "choosing": Choosing(every=4)}
+    options = {"sink_size": 4, "window_size": 8, "select_size": 20, "choosing": SelectionRule(every=4)}
     compressor = HeadAwareCompressor.from_model_config(
         model.config, "select", score="key_diff", skip_layers=[1], **options
     )

@@ -12,7 +12,7 @@ from kvcompress.planning.policies import Planner
 from kvcompress.planning.pricing import numbers
 from kvcompress.planning.reference_plans import flat
 from kvcompress.planning.select_pricing import NEVER, ChoosingPricing
-from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 from tests.planning.test_policies import CONTEXT, KV_HEADS, LAYERS, WINDOWS, sensitivity
 
 
@@ -84,9 +84,9 @@ def test_facts_move_heads_to_the_score_that_keeps_them(pricing: ChoosingPricing)
 
 
 def test_a_plan_uses_every_head_in_the_way_it_is_priced(planner: Planner) -> None:
-    cheap, budget = Choosing(observe=2), Budget.parse(0.25)
+    cheap, budget = SelectionRule(observe=2), Budget.parse(0.25)
     plan = replace(planner, choosing=cheap).plan("select", budget)
-    queries = evidence_slots(plan, cheap)
+    queries = kept_query_slots(plan, cheap)
     asking = sum(any(kept.score == "expected_attention" for kept in layer) for layer in plan.layers)
     assert queries == asking * 2 * KV_HEADS * 2 // 2 > 0
     held = plan.held(CONTEXT)
@@ -134,7 +134,7 @@ def test_scores_without_queries_take_nothing_from_the_budget(planner: Planner) -
     only = replace(measured, choices=measured.choices[2:], chosen=measured.chosen[2:], lost=measured.lost[:, 2:])
     budget = Budget.parse(0.25)
     plan = replace(planner, sensitivity=only).plan("select", budget)
-    assert evidence_slots(plan) == 0
+    assert kept_query_slots(plan) == 0
     assert plan.held(CONTEXT) == planner.slots(budget)
 
 

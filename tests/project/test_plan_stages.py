@@ -14,7 +14,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
 from kvcompress.reporting.comparison_report import report
-from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.scores.selection_rule import kept_query_slots
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.report import price_report
 from tests.project.project import copy_project, stage_here
@@ -44,7 +44,7 @@ def test_there_is_a_plan_for_every_policy_and_budget(project: Path) -> None:
     }
     for path in folder.glob("*-*.json"):
         plan = RetentionPlan.load(path)
-        held = plan.held(2048) + evidence_slots(plan)
+        held = plan.held(2048) + kept_query_slots(plan)
         whole = plan.num_layers * plan.num_key_value_heads * 2048
         assert 100 * held / whole == pytest.approx(float(path.stem.split("-")[1]), rel=0.005)
         assert plan.policy == path.stem.split("-")[0]

@@ -9,7 +9,7 @@ import kvcompress.sensitivity.fact_price as retrieval_price
 from kvcompress.cache.dispatch import attached
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.sensitivity.fact_price import retrieval_prices
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.selection_outputs import STEP, Choice, Chosen, chosen_at, priced_choices
@@ -88,7 +88,7 @@ def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: flo
     choice = Choice(score, 0.4, 160)
     compressor = HeadAwareCompressor.from_model_config(
         model.config, "select", sink_size=SINKS, window_size=choice.window, select_size=choice.chosen, score=score,
-        choosing=Choosing(every=STEP),
+        choosing=SelectionRule(every=STEP),
     )  # fmt: skip
     with torch.no_grad(), attached(model):
         cache = compressor.new_cache(model.config, "exact")

@@ -26,7 +26,7 @@ from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.models.head_shards import WHOLE, Part
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 Prefill = Literal["exact", "streaming"]
 
@@ -46,7 +46,7 @@ class Shared:
     padding: Padding = field(default_factory=Padding)
     meter: Meter = field(default_factory=Meter)
     fused: Fused = field(default_factory=Fused)
-    choosing: Choosing = field(default_factory=Choosing)
+    choosing: SelectionRule = field(default_factory=SelectionRule)
     part: Part = WHOLE
     beside: Beside = field(default_factory=Beside)
 

@@ -102,10 +102,10 @@ def warn_of(plan: "RetentionPlan", name: str | Path, record: "ModelRecord", toke
 
 def share_of(plan: "RetentionPlan", tokens: int) -> float:
     """What a plan holds of `tokens` tokens as a share of the full cache, queries to choose by counted."""
-    from kvcompress.scores.selection_rule import evidence_slots  # which loads torch
+    from kvcompress.scores.selection_rule import kept_query_slots  # which loads torch
 
     held = plan.held(tokens)
-    return plan.share(tokens) * (held + evidence_slots(plan)) / held
+    return plan.share(tokens) * (held + kept_query_slots(plan)) / held
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compr
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models.load import ModelShape, model_shape
 from kvcompress.planning.reference_plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
-from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.
@@ -44,7 +44,7 @@ def of_plan(
     ablation: str,
     plan: RetentionPlan,
     rival: str | None = None,
-    choosing: Choosing | None = None,
+    choosing: SelectionRule | None = None,
 ) -> Contender:
     capacities = [kept.capacity for layer in plan.layers for kept in layer if kept.capacity is not None]
     compressor = HeadAwareCompressor.from_plan(plan, choosing=choosing)
@@ -61,7 +61,7 @@ def with_rival(name: str, family: str, ablation: str, plan: RetentionPlan, token
     rival = f"uniform = {name}"
     return [
         of_plan(name, family, ablation, plan, rival),
-        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens, more=evidence_slots(plan))),
+        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens, more=kept_query_slots(plan))),
     ]
 
 
@@ -75,7 +75,7 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
     for path in paths:
         plan, name = RetentionPlan.load(path), Path(path).stem
         plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, path)
-        held = plan.held(tokens) + evidence_slots(plan)
+        held = plan.held(tokens) + kept_query_slots(plan)
         if held in rivals:
             found.append(of_plan(name, plan.policy, "plans", plan, rivals[held]))
         else:

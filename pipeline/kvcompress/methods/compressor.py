@@ -29,7 +29,7 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.architecture import ModelShape
 from kvcompress.models.head_shards import part_of
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 Positions = Literal["original", "cache"]
 
@@ -112,9 +112,9 @@ class Compressor(ABC):
     def _rotation(self, config: Any) -> Rotation | None:
         return Rotation.of(config) if self.positions == "cache" else None
 
-    def _choosing(self, config: Any) -> Choosing:
+    def _choosing(self, config: Any) -> SelectionRule:
         """How heads that select do it, for the model with this config (None: not known)."""
-        return Choosing()
+        return SelectionRule()
 
     def _require_own(self, cache: RaggedCache) -> None:
         """Raise unless `cache` keeps what this method would keep."""
@@ -134,7 +134,7 @@ class PlanCompressor(Compressor):
     `choosing`: how heads that select choose; the model's rotary embedding is added to it where a score needs that.
     """
 
-    choosing = Choosing()
+    choosing = SelectionRule()
 
     @abstractmethod
     def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
@@ -163,7 +163,7 @@ class PlanCompressor(Compressor):
     def needs_queries(self) -> bool:
         return any(self.choosing.score(name).needs_queries for name in self.scores())
 
-    def _choosing(self, config: Any) -> Choosing:
+    def _choosing(self, config: Any) -> SelectionRule:
         for name in sorted(self.scores()):
             if self.choosing.score(name).needs_rotation and config is not None:
                 return replace(self.choosing, rotation=Rotation.of(config, f"score {name!r}"))

@@ -27,7 +27,7 @@ from kvcompress.core.retention import (
 )
 from kvcompress.methods.compressor import PlanCompressor
 from kvcompress.models.architecture import ModelShape
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
 
@@ -49,10 +49,10 @@ class HeadAwareCompressor(PlanCompressor):
         join: str = "union",
         skip_layers: Iterable[int] = (),
         made_for: int | None = None,
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> None:
         super().__init__(skip_layers)
-        self.choosing = choosing or Choosing()
+        self.choosing = choosing or SelectionRule()
         if not wishes or len({len(layer) for layer in wishes}) != 1:
             raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
         if join not in JOINS:
@@ -70,7 +70,7 @@ class HeadAwareCompressor(PlanCompressor):
         path: str | Path,
         join: str = "union",
         skip_layers: Iterable[int] = (),
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
         """From a classification file, as this project or the published study wrote it. Raises `InputError`."""
         rows = load_classifications(path).layers
@@ -79,7 +79,7 @@ class HeadAwareCompressor(PlanCompressor):
 
     @classmethod
     def from_plan(
-        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: Choosing | None = None
+        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: SelectionRule | None = None
     ) -> "HeadAwareCompressor":
         """From a retention plan or its file. Raises `InputError`."""
         plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
@@ -96,7 +96,7 @@ class HeadAwareCompressor(PlanCompressor):
         skip_layers: Iterable[int] = (),
         select_size: int = 0,
         score: str = "",
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
         """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
         shape = ModelShape.of_config(config)

@@ -18,7 +18,7 @@ from kvcompress.planning.knapsack import level, scaled
 from kvcompress.planning.pricing import Priced, Pricing
 from kvcompress.planning.reference_plans import class_table_plan, inverted, shuffled
 from kvcompress.planning.select_pricing import ChoosingPricing
-from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 from kvcompress.sensitivity.prices import Sensitivity
 
 
@@ -39,7 +39,7 @@ class Planner:
     balance: float
     classifications: Path | None = None
     seed: int = 0
-    choosing: Choosing = field(default_factory=Choosing)
+    choosing: SelectionRule = field(default_factory=SelectionRule)
     early: float = 1.0
     _best: dict[Budget, Priced] = field(default_factory=dict, repr=False)
 
@@ -171,7 +171,7 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
     """Windows and keys that scores choose, by measured price (`kvcompress.planning.select_pricing`).
 
-    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.scores.selection_rule.evidence_slots`); where
+    What the cache keeps of queries to choose by comes out of the budget (`kvcompress.scores.selection_rule.kept_query_slots`); where
     that makes them too dear, heads choose by other scores, or not at all.
     """
     found = [affordable(planner, budget, menu) for menu in planner.choosing_pricing.menus()]
@@ -184,7 +184,7 @@ def affordable(planner: Planner, budget: Budget, menu: Sequence[int]) -> Priced 
     pricing, slots, spare = planner.choosing_pricing, planner.slots(budget), 0
     while slots - spare >= planner.heads:  # which layers choose, and so keep queries, depends on the division
         found = favoured(planner, pricing.best(slots - spare, planner.balance, menu))
-        needed = evidence_slots(selective(planner, found, budget), planner.choosing)
+        needed = kept_query_slots(selective(planner, found, budget), planner.choosing)
         if needed <= spare:
             return replace(found, held=level(found.held, planner.context, spare - needed))
         spare = needed

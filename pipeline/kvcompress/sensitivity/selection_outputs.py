@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models.load import model_shape
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import make_score
 from kvcompress.scores.topk import best
 from kvcompress.sensitivity.params import SensitivityParams
@@ -98,7 +98,7 @@ def chosen_at(
         if not seen:
             continue
         at = torch.arange(seen, device=key.device)
-        held = Held(
+        held = ScoreInputs(
             key[None, :, :seen],
             value[None, :, :seen],
             at[None, None],

@@ -6,12 +6,12 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.models.architecture import ModelShape
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import LAYERS, feed, inputs_for, real
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices
 
-CHOOSING = Choosing(every=3, observe=7)
+CHOOSING = SelectionRule(every=3, observe=7)
 
 
 def select_layers(model, score):
