@@ -16,7 +16,7 @@ from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelEr
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, StreamingLLMCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.key_diff import KeyDiff
 from tests.cache.cache_tools import LAYERS, VOCABULARY, compressor_for, feed, inputs_for, model_of, plan_for, tokens
@@ -170,10 +170,10 @@ def test_a_pass_that_broke_off_within_the_first_layer_is_noticed(monkeypatch, pr
 
 
 def test_models_that_share_keys_between_layers_or_heads_or_do_not_rotate_are_refused():
-    with pytest.raises(UnsupportedModelError, match="lets 2 layers read other layers' keys"):
-        ModelShape.of_config(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2))
+    with pytest.raises(UnsupportedModelError, match="shares the keys of other layers in 2 layers"):
+        Architecture.of_config(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2))
     with pytest.raises(UnsupportedModelError, match="deepseek_v3 caches one latent for all its heads"):
-        ModelShape.of_config(DeepseekV3Config())
+        Architecture.of_config(DeepseekV3Config())
     with pytest.raises(UnsupportedModelError, match="smollm3"):
         Rotation.of(SmolLM3Config())
 

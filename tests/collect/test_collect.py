@@ -16,7 +16,7 @@ from kvcompress.collect.sums import DISTANCES, AttentionSums, add_heads, count_q
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.head_statistics import HeadStatistics
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from tests.reference.slow_reference import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -65,7 +65,7 @@ def test_heads_of_a_block_come_one_after_the_other_where_it_is_large(
 ) -> None:
     model, text = tiny_model(name), tokens(150)
     together = collect_attention(model, [text], 64, progress=False)
-    kv_heads, sizes = model_shape(model.config).num_key_value_heads, []
+    kv_heads, sizes = Architecture.of_config(model.config).num_key_value_heads, []
     monkeypatch.setitem(observer.BLOCK_LIMITS, "cpu", (2**10, 32))
     plain = observer.hide
 

@@ -9,8 +9,7 @@ from kvcompress.collect.params import CollectParams, StatisticsParams
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SECTIONS, load_section
 from kvcompress.evaluation.params import AblationParams
-from kvcompress.models.machine_params import MachineParams
-from kvcompress.models.params import ModelParams
+from kvcompress.models.params import MachineParams, ModelParams
 from kvcompress.reporting.params import PlotParams
 from kvcompress.texts.params import CorpusParams
 from tests.core.param_sections import CLASSES

@@ -15,8 +15,8 @@ from kvcompress.collect.standard_errors import precise_enough
 from kvcompress.collect.sums import HEAD_SUMS, AttentionSums
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import gather_heads, shard_of
 
 
 def collect_attention(
@@ -50,18 +50,19 @@ def collect_attention(
         chunk_size = max(map(len, documents), default=1)  # a chunk would be rotated as if the text ended with it
     if not documents:
         raise InputError("there are no documents to collect attention from")
-    total, part = AttentionSums.none(shape.num_layers, shape.num_attention_heads), part_of(model.config)
+    total = AttentionSums.none(shape.num_layers, shape.num_attention_heads)
+    own_heads = shape.num_attention_heads // shard_of(model.config).count
     size = len(documents) if stopping is None else stopping.stop_every
     rounds = [documents[first : first + size] for first in range(0, len(documents), size)]
     shares = [[batch[i] for i in distributed.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
     amount = sum(len(tokens) for own in shares for tokens in own)
     with torch.inference_mode(), distributed.progress(amount, "attention", "tok", progress) as bar:
         for batch, own in zip(rounds, shares, strict=True):
-            found = AttentionSums.none(shape.num_layers, shape.num_attention_heads // part.count)
+            found = AttentionSums.none(shape.num_layers, own_heads)
             for tokens in own:
                 found += read(model, tokens, chunk_size, bar).sums(shape.num_layers)
             sums = {
-                name: of_all_heads(tensor, 1, part) if name in HEAD_SUMS else tensor
+                name: gather_heads(tensor, 1, model.config) if name in HEAD_SUMS else tensor
                 for name, tensor in distributed.summed(found.tensors).items()
             }
             total += AttentionSums(sums, len(batch), max(map(len, batch)))

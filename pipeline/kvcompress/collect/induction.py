@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.collect.observer import observing
 from kvcompress.collect.sums import AttentionSums
-from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import gather_heads
 
 LENGTH = 128  # tokens that are repeated
 
@@ -27,5 +27,5 @@ def add_induction(model: PreTrainedModel, sums: AttentionSums, seed: int = 0) ->
     with torch.inference_mode(), observing(model) as observer:
         model.base_model(once.repeat(2)[None].to(input_device(model)), use_cache=False)
         probe = observer.sums(sums.num_layers).tensors["relative"][..., length - 1] / (length + 1)
-        sums.tensors["induction"] += of_all_heads(probe, 1, part_of(model.config))
+        sums.tensors["induction"] += gather_heads(probe, 1, model.config)
         sums.tensors["probes"] += 1

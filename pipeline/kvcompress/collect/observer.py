@@ -18,9 +18,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvcompress.collect.sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, use_attention
-from kvcompress.models.head_shards import Part, part_of
-from kvcompress.models.load import ModelShape, input_device, model_shape
+from kvcompress.models.architecture import Architecture
+from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, replaced_attention
+from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import HeadShard, shard_of
 
 NAME = "kvcompress_observe"
 # device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches
@@ -166,28 +167,26 @@ def observing(model: PreTrainedModel) -> Iterator[AttentionObserver]:
 
     Raises `UnsupportedModelError` where the model does not take another attention function.
     """
-    before = model.config._attn_implementation
-    use_attention(model, NAME)
     observer = AttentionObserver()
-    token = _active.set(observer)
-    try:
-        yield observer
-    finally:
-        _active.reset(token)
-        use_attention(model, before)
+    with replaced_attention(model, NAME):
+        token = _active.set(observer)
+        try:
+            yield observer
+        finally:
+            _active.reset(token)
 
 
 PROBE_TOKENS = 48
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def require_observable(model: PreTrainedModel) -> ModelShape:
+def require_observable(model: PreTrainedModel) -> Architecture:
     """The model's shape, if its attention can be observed; else `UnsupportedModelError` that says what stands against it.
 
     The proof is a short run: with observed attention the hidden states must be those of the model's own attention, within
     rounding. So a term that the observer does not know (a bias, a learned sink, another mask) is found, whatever its name.
     """
-    name, shape = type(model).__name__, model_shape(model.config)
+    name, shape = type(model).__name__, Architecture.of_config(model.config)
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode, whose dropout hides attention: call model.eval()")
     if not getattr(model, "_supports_attention_backend", False):
@@ -200,7 +199,7 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
         with observing(model) as observer:
             observed = model.base_model(ids, use_cache=False).last_hidden_state.float()
         observer.sums(shape.num_layers)
-    require_as_described(name, shape, observer, part_of(model.config))
+    require_as_described(name, shape, observer, shard_of(model.config))
     if not own.isfinite().all():
         raise UnsupportedModelError(f"{name} gives hidden states that are not finite numbers; are its weights damaged?")
     difference = float((own - observed).norm() / own.norm())
@@ -212,19 +211,19 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
     return shape
 
 
-def require_as_described(name: str, shape: ModelShape, observer: AttentionObserver, part: Part) -> None:
+def require_as_described(name: str, shape: Architecture, observer: AttentionObserver, shard: HeadShard) -> None:
     """Raise `UnsupportedModelError` where the heads or windows observed are not those that the config describes.
 
     Some models apply a sliding window through their mask alone; the observer would look through it at all keys.
     """
-    for layer, window in enumerate(shape.windows):
+    for layer, window in enumerate(shape.sliding_windows):
         if observer.windows[layer] != window:
             raise UnsupportedModelError(
                 f"{name}: layer {layer} has a sliding window of {window} by its config, but passes "
                 f"{observer.windows[layer]} on to attention, so what it hides cannot be observed"
             )
         found = (observer.layers[layer]["entropy"].shape[0], observer.kv_heads[layer])
-        expected = (shape.num_attention_heads // part.count, shape.num_key_value_heads // part.count)
+        expected = (shape.num_attention_heads // shard.count, shape.num_key_value_heads // shard.count)
         if found != expected:
             raise UnsupportedModelError(
                 f"{name}: layer {layer} has {found[0]} query and {found[1]} KV heads, its config says "

@@ -26,7 +26,7 @@ from kvcompress.core.retention import (
     require_possible,
 )
 from kvcompress.methods.compressor import PlanCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 from kvcompress.scores.selection_rule import Choosing
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
@@ -99,30 +99,34 @@ class HeadAwareCompressor(PlanCompressor):
         choosing: Choosing | None = None,
     ) -> "HeadAwareCompressor":
         """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
-        shape = ModelShape.of_config(config)
+        shape = Architecture.of_config(config)
         sizes = sink_size, window_size, select_size
         kept = HeadCompressionConfig(0, 0, default_strategy, True, *sizes, score=score).retention
-        wishes = [[kept] * shape.kv_heads] * shape.layers
+        wishes = [[kept] * shape.num_key_value_heads] * shape.num_layers
         return cls(wishes, query_heads=False, skip_layers=skip_layers, choosing=choosing)
 
     def scores(self) -> set[str]:
         return {kept.score for layer in self.wishes for kept in layer if kept.chosen}
 
-    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
-        if len(self.wishes) != shape.layers:
-            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.layers}")
+    def kept(self, shape: Architecture) -> Sequence[Sequence[Retention]]:
+        if len(self.wishes) != shape.num_layers:
+            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.num_layers}")
         width = len(self.wishes[0])
         if not self.query_heads:
-            if width != shape.kv_heads:
-                raise InputError(f"this compressor is made for {width} KV heads a layer, not {shape.kv_heads}")
-            if None not in (self.made_for, shape.query_heads) and self.made_for != shape.query_heads:
+            if width != shape.num_key_value_heads:
                 raise InputError(
-                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.query_heads}"
+                    f"this compressor is made for {width} KV heads a layer, not {shape.num_key_value_heads}"
+                )
+            if self.made_for and shape.num_attention_heads not in (0, self.made_for):
+                raise InputError(
+                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.num_attention_heads}"
                 )
             return self.wishes
-        if shape.query_heads not in (None, width):
-            raise InputError(f"this compressor is made for {width} query heads a layer, not {shape.query_heads}")
-        return [join_query_heads(layer, shape.kv_heads, self.join) for layer in self.wishes]
+        if shape.num_attention_heads not in (0, width):
+            raise InputError(
+                f"this compressor is made for {width} query heads a layer, not {shape.num_attention_heads}"
+            )
+        return [join_query_heads(layer, shape.num_key_value_heads, self.join) for layer in self.wishes]
 
     def get_compression_summary(self) -> dict[str, Any]:
         """Counts over all heads (of `heads_are`), skipped layers counted as full.

@@ -4,7 +4,7 @@ An overlay on torch.distributed for what torchrun starts; in one process every f
 process loads the model, works on its own documents, and ends up with the whole result; `rank` 0 alone writes it and shows
 a progress bar. Exchanged are float64 tensors, a few a stage: over NCCL where every process has a GPU, over gloo elsewhere.
 
-Where the processes hold parts of one model (`kvcompress.models.head_shards`) there is nothing to share: each works on all documents.
+Where the processes hold parts of one model (`kvcompress.models.tensor_parallel`) there is nothing to share: each works on all documents.
 
 A process that ends early ends the run: torchrun stops the others, and none writes before all have delivered.
 """
