@@ -70,7 +70,7 @@ def test_missing_section_and_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the section 'thresholds' is missing"):
         load_section(ThresholdParams, path)
     path.write_text("")
-    with pytest.raises(InputError, match="holds no sections"):
+    with pytest.raises(InputError, match="has no sections"):
         load_section(ThresholdParams, path)
 
 
