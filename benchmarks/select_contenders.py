@@ -8,7 +8,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.contenders import UNIFORM, Contender, full_cache, of_plan
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.registry import SCORES
@@ -35,7 +35,7 @@ def select_contenders(
     heads by the prompt. Where a score keeps queries, they take their room out of these slots. Raises `InputError` for
     shares that leave nothing to choose.
     """
-    shape = model_shape(config)
+    shape = Architecture.of_config(config)
     found, names, divided = [full_cache(shape)], tuple(scores), set(adaptive)
     size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
     rule = choosing or SelectionRule()

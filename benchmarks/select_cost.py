@@ -38,7 +38,7 @@ from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import SelectionRule
 
@@ -91,11 +91,11 @@ def of_scores(config: Any, slots: int, names: Sequence[str], choosing: Selection
 
 def like(config: Any, name: str, plan: RetentionPlan, tokens: int, choosing: SelectionRule) -> Entrants:
     """The heads of a plan in turn, and a window plan of as many slots after `tokens` tokens."""
-    shape = ModelShape.of_config(config)
+    shape = Architecture.of_config(config)
     theirs = [kept for layer in plan.layers for kept in layer]
-    layers, width = range(shape.layers), shape.kv_heads
+    layers, width = range(shape.num_layers), shape.num_key_value_heads
     mine = [[theirs[(layer * width + head) % len(theirs)] for head in range(width)] for layer in layers]
-    slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (shape.layers * width)
+    slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (shape.num_layers * width)
     rival = f"{WINDOW} of {round(slots)}"
     same = HeadAwareCompressor.from_model_config(config, "sink_window", SINKS, round(slots) - SINKS)
     compressor = HeadAwareCompressor(mine, query_heads=False, choosing=choosing)

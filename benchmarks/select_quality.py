@@ -30,8 +30,9 @@ from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.perplexity import Documents, score_continuation
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.models import distributed
-from kvcompress.models.load import ModelRecord, load_folder, locate_model
+from kvcompress.models.load import load_folder
 from kvcompress.models.params import ModelParams, source_of
+from kvcompress.models.sources import ModelRecord, locate_model
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.reporting.comparison_data import interval_cell

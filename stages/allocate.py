@@ -10,7 +10,7 @@ from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.models.load import ModelRecord
+from kvcompress.models.sources import ModelRecord
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner

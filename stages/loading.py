@@ -5,8 +5,8 @@ from pathlib import Path
 from kvcompress.core.artifacts import read_model
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SectionParams, load_section, override
-from kvcompress.models.load import ModelRecord, locate_model
 from kvcompress.models.params import ModelParams, source_of
+from kvcompress.models.sources import ModelRecord, locate_model
 
 
 def chosen_model(

@@ -13,7 +13,7 @@ from pathlib import Path
 from kvcompress.core.errors import KVCompressError
 from kvcompress.core.params import load_section
 from kvcompress.models import distributed
-from kvcompress.models.machine_params import MachineParams
+from kvcompress.models.params import MachineParams
 
 
 def share_documents(params: Path) -> None:

@@ -24,8 +24,8 @@ from kvcompress.cache.select.side_stream import Beside
 from kvcompress.cache.select.types import Evidence
 from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
-from kvcompress.models.head_shards import WHOLE, Part
 from kvcompress.models.rotary import Rotation
+from kvcompress.models.tensor_parallel import WHOLE, HeadShard
 from kvcompress.scores.selection_rule import SelectionRule
 
 Prefill = Literal["exact", "streaming"]
@@ -47,7 +47,7 @@ class Shared:
     meter: Meter = field(default_factory=Meter)
     fused: Fused = field(default_factory=Fused)
     choosing: SelectionRule = field(default_factory=SelectionRule)
-    part: Part = WHOLE
+    shard: HeadShard = WHOLE
     beside: Beside = field(default_factory=Beside)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.params import AblationParams
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models.load import ModelShape, model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.reference_plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
 from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 
@@ -51,7 +51,7 @@ def of_plan(
     return Contender(name, family, ablation, compressor, min(capacities, default=0), plan, rival)
 
 
-def full_cache(shape: ModelShape) -> Contender:
+def full_cache(shape: Architecture) -> Contender:
     kept = RetentionPlan.uniform(FULL, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
     return of_plan(FULL_CACHE, "full", "all", kept)
 
@@ -70,7 +70,7 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
 
     Raises `InputError` where a plan is for a model of another shape.
     """
-    shape = model_shape(config)
+    shape = Architecture.of_config(config)
     found, rivals = [full_cache(shape)], dict[int, str]()
     for path in paths:
         plan, name = RetentionPlan.load(path), Path(path).stem
@@ -88,7 +88,7 @@ class Field:
     """The contenders of the seed's ablations for one model; documents have `params.max_tokens` tokens."""
 
     def __init__(self, config: Any, params: AblationParams) -> None:
-        self.shape, self.params = model_shape(config), params
+        self.shape, self.params = Architecture.of_config(config), params
 
     def uniform(self, sinks: int, window: int) -> RetentionPlan:
         shape = self.shape

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
@@ -47,7 +47,7 @@ def make_plan(
     planner = Planner(
         found,
         str(getattr(model, "name_or_path", "")) or type(model).__name__,
-        model_shape(model.config).head_dim,
+        Architecture.of_config(model.config).head_dim,
         model.dtype.itemsize,
         context_length or found.context,
         spending.balance if balance is None else balance,

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, use_attention
+from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, replaced_attention
 
 NAME = "kvcompress_listen"
 
@@ -66,17 +66,15 @@ def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
 
     Raises `UnsupportedModelError` where the model does not take another attention function.
     """
-    before = model.config._attn_implementation
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    use_attention(model, NAME)
-    token = _listener.set(listener)
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():  # an offloaded model has others than before
-            if name in trainable and not parameter.is_inference():
-                parameter.requires_grad_(True)
-        _listener.reset(token)
-        use_attention(model, before)
+    with replaced_attention(model, NAME):
+        token = _listener.set(listener)
+        try:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for name, parameter in model.named_parameters():  # an offloaded model has others than before
+                if name in trainable and not parameter.is_inference():
+                    parameter.requires_grad_(True)
+            _listener.reset(token)

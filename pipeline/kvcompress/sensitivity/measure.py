@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcompress.collect.observer import require_observable
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import of_all_heads, part_of
+from kvcompress.models.tensor_parallel import gather_heads, shard_of
 from kvcompress.sensitivity.calibration_facts import calibration_facts
 from kvcompress.sensitivity.fact_price import retrieval_prices
 from kvcompress.sensitivity.joint_price import joint_prices
@@ -55,8 +55,8 @@ def measure_sensitivity(
     questions = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     choices, rotation = priced_choices(model.config, settings, length)
-    part = part_of(model.config)
-    own = (observed.num_layers, observed.num_key_value_heads // part.count)
+    shard = shard_of(model.config)
+    own = (observed.num_layers, observed.num_key_value_heads // shard.count)
     jobs: list[Callable[[], Tensor]] = [
         partial(text_prices, model, tokens, windows, sinks, own, settings.seed, choices, rotation) for tokens in batch
     ]
@@ -67,7 +67,7 @@ def measure_sensitivity(
         partial(retrieval_prices, model, context, asked, far, sinks, own, settings.nodes, choices, rotation)
         for context, asked in questions
     ]
-    found = [of_all_heads(prices, -1, part).numpy() for prices in done_together(jobs, progress)]
+    found = [gather_heads(prices, -1, model.config).numpy() for prices in done_together(jobs, progress)]
     fisher, rest = found[: len(batch)], found[len(batch) :]
     joint, facts = rest[: -len(questions)], np.concatenate(rest[-len(questions) :])
     summed = np.asarray(sum(fisher))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import make_score
@@ -57,7 +57,7 @@ def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tup
         rotation = Rotation.of(config)
     except UnsupportedModelError:
         rotation = None
-    if any(limit is not None for limit in model_shape(config).windows):
+    if any(limit is not None for limit in Architecture.of_config(config).sliding_windows):
         return [], rotation
     scores = [name for name in settings.choice_scores if rotation or not make_score(name).needs_rotation]
     found = [
