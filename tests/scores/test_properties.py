@@ -13,7 +13,7 @@ from kvcompress.scores.compactor import Leverage
 from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
-from kvcompress.sensitivity.attention_hook import listening
+from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from tests.cache.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 
@@ -174,11 +174,9 @@ class Remember:
     def __init__(self) -> None:
         self.first: tuple[Tensor, Tensor, Tensor, float] | None = None
 
-    def heard(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scale: float, limit: int | None
-    ) -> Tensor:
-        self.first = self.first or (q, k, v, scale)
-        return output
+    def __call__(self, attention: LayerAttention) -> Tensor:
+        self.first = self.first or (attention.query, attention.key, attention.value, attention.scaling)
+        return attention.output
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "phi"])
@@ -189,7 +187,7 @@ def test_a_models_own_queries_can_be_turned_back(name: str) -> None:
     projection = next(m for label, m in model.named_modules() if label.endswith(("q_proj", "query_key_value")))
     projection.register_forward_hook(lambda module, inputs, output: caught.append(output.detach()))
     ids = torch.randint(1, 256, (1, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(), listening(model, remember):
+    with torch.no_grad(), attention_hook(model, remember):
         model(ids, use_cache=False)
     assert remember.first is not None
     queries, keys, values, scale = remember.first

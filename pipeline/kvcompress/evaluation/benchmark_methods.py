@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.benchmark_params import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.methods.compressor import Compressor
@@ -97,7 +98,9 @@ def entrants_for(
     found += [baseline(method, layers, params) for method in BASELINES if method in methods]
     if HEAD_AWARE in methods:
         if classifications is not None:
-            table = class_table_plan(classifications, Architecture.of_config(config).num_key_value_heads)
+            table = class_table_plan(
+                load_classifications(classifications), Architecture.of_config(config).num_key_value_heads
+            )
             found.append(head_aware(HEAD_AWARE, table, classifications, config))
         for path in plans:
             name = f"{HEAD_AWARE} {Path(path).stem}"

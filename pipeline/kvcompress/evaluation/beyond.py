@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.evaluation.perplexity import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
@@ -32,7 +33,9 @@ def beyond_contenders(config: Any, classifications: str | None, size: int) -> di
         f"0 + {size}, positions of the text": RecentOnlyCompressor(size),
     }
     if classifications:
-        plan = class_table_plan(classifications, Architecture.of_config(config).num_key_value_heads)
+        plan = class_table_plan(
+            load_classifications(classifications), Architecture.of_config(config).num_key_value_heads
+        )
         contenders["class table, positions of the text"] = HeadAwareCompressor.from_plan(plan)
     return contenders
 

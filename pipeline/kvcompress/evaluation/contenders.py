@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_classes import HeadType, load_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.params import AblationParams
@@ -124,10 +124,11 @@ class Field:
     def head_aware(self, classifications: str | Path) -> list[Contender]:
         """The class table and its variants, each with its rival, and the controls of the table."""
         heads = self.shape.num_key_value_heads
-        table = class_table_plan(classifications, heads)
+        file = load_classifications(classifications)
+        table = class_table_plan(file, heads)
         found = []
         for name, windows in (("class table", {}), ("class table, wide", WIDE), ("class table, bold", BOLD)):
-            plan = class_table_plan(classifications, heads, windows)
+            plan = class_table_plan(file, heads, windows)
             found += with_rival(name, "class table", "head_aware", plan, self.params.max_tokens)
         rival = found[1].name
         for seed in range(self.params.random_seeds):
