@@ -30,7 +30,7 @@ from kvcompress.cache.attend import Reading, attend
 from kvcompress.cache.padding import Padding
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.ops.ragged_decode import Part, Scratch, Tuning, decode, kernel, table_of
+from kvcompress.ops.ragged_decode import GroupSlots, Scratch, Tuning, decode, kernel, table_of
 
 WINDOW = 4 + 128  # slots of a head that is not full
 app = typer.Typer(add_completion=False)
@@ -87,9 +87,9 @@ class Layer:
         self.keys, self.values = (torch.randn(room, dtype=dtype, device=device) for _ in range(2))
         split = shape.full, shape.kv_heads - shape.full
         (full_keys, keys), (full_values, values) = (t.split(split, dim=1) for t in (self.keys, self.values))
-        full = Part(range(shape.full), full_keys.contiguous(), full_values.contiguous(), None)
+        full = GroupSlots(range(shape.full), full_keys.contiguous(), full_values.contiguous(), None)
         keys, values = (tensor[:, :, :WINDOW].contiguous() for tensor in (keys, values))
-        rest = Part(range(shape.full, shape.kv_heads), keys, values, WINDOW)
+        rest = GroupSlots(range(shape.full, shape.kv_heads), keys, values, WINDOW)
         self.parts = [part for part in (full, rest) if part.heads]
         self.table = table_of(self.parts, shape.kv_heads)
         self.seen = torch.tensor([shape.tokens], dtype=torch.int32, device=device)

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from kvcompress.core.errors import said_in_a_sentence
 from kvcompress.evaluation.decode_steps import plan_of
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Argument(help="Model folder; with --random-weights a config.json is enough.")]
@@ -62,9 +62,9 @@ def one(folder: Folder, share: float, context: Context, chunk: Chunk, random_wei
         for part in ids.split(chunk, dim=1):
             model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         after = resident_bytes()
-    shape = ModelShape.of_config(config)
+    shape = Architecture.of_config(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dense = 2 * 4 * shape.layers * shape.kv_heads * size * context
+    dense = 2 * 4 * shape.num_layers * shape.num_key_value_heads * size * context
     held = cache.nbytes if share else dense
     typer.echo(json.dumps({"resident": after, "grown": after - before, "held": held}))
 

@@ -25,7 +25,7 @@ from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.evaluation.timing import timed
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
 from kvcompress.scores.topk import best
 
@@ -44,7 +44,7 @@ class Cost:
     ms: float
 
 
-def held_keys(keys: int, queries: int, heads: tuple[int, int], size: int, device: torch.device) -> Held:
+def held_keys(keys: int, queries: int, heads: tuple[int, int], size: int, device: torch.device) -> ScoreInputs:
     """Random vectors: `keys` keys at every second position and `queries` at the end, or a prompt where both are equal."""
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def held_keys(keys: int, queries: int, heads: tuple[int, int], size: int, device
     if queries < keys:
         older = keys - queries
         positions = torch.cat((positions[:older] * 2, positions[:queries] + 2 * older))
-    return Held(
+    return ScoreInputs(
         vectors(kv_heads, keys),
         vectors(kv_heads, keys),
         positions[None, None],
@@ -67,7 +67,7 @@ def held_keys(keys: int, queries: int, heads: tuple[int, int], size: int, device
     )
 
 
-def act(name: str, held: Held, kept: int) -> Any:
+def act(name: str, held: ScoreInputs, kept: int) -> Any:
     """Score the keys and choose some, as `select` would; or attend."""
     if name != ATTENTION:
         return best(make_score(name)(held), kept)
@@ -75,7 +75,7 @@ def act(name: str, held: Held, kept: int) -> Any:
     return scaled_dot_product_attention(held.queries, held.keys, held.values, is_causal=True, enable_gqa=True)
 
 
-def measure(held: Held, moment: str, rounds: int) -> list[Cost]:
+def measure(held: ScoreInputs, moment: str, rounds: int) -> list[Cost]:
     """Time every score in turns, `rounds` times each after one round that is thrown away."""
     assert held.queries is not None
     keys, queries = held.keys.shape[2], held.queries.shape[2]
@@ -83,7 +83,7 @@ def measure(held: Held, moment: str, rounds: int) -> list[Cost]:
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name in names:
-            # A fresh copy, because a `Held` remembers what was derived from it.
+            # A fresh copy, because a `ScoreInputs` remembers what was derived from it.
             times[name].append(timed(partial(act, name, replace(held), keys // 4), [held.keys.device])[1])
     return [Cost(name, keys, queries, moment, median(spent[1:])) for name, spent in times.items()]
 

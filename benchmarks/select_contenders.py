@@ -8,11 +8,11 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.contenders import UNIFORM, Contender, full_cache, of_plan
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import Planner
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 
 def select_contenders(
@@ -22,7 +22,7 @@ def select_contenders(
     sinks: int = 4,
     recent: float = 0.5,
     scores: Iterable[str] = tuple(SCORES),
-    choosing: Choosing | None = None,
+    choosing: SelectionRule | None = None,
     more: int = 0,
     windows: Sequence[int] = (),
     adaptive: Iterable[str] = (),
@@ -35,10 +35,10 @@ def select_contenders(
     heads by the prompt. Where a score keeps queries, they take their room out of these slots. Raises `InputError` for
     shares that leave nothing to choose.
     """
-    shape = model_shape(config)
+    shape = Architecture.of_config(config)
     found, names, divided = [full_cache(shape)], tuple(scores), set(adaptive)
     size = shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads
-    rule = choosing or Choosing()
+    rule = choosing or SelectionRule()
     kept_queries = -(-rule.observe * shape.num_attention_heads // (2 * shape.num_key_value_heads))  # in slots of a head
     for share in shares:
         slots, rival = round(share * tokens) + more, f"uniform {share:.2%}"
@@ -75,7 +75,7 @@ def policy_contenders(
     policies: Iterable[str],
     shares: Sequence[float],
     tokens: int,
-    choosing: Choosing,
+    choosing: SelectionRule,
     more: int = 0,
     label: str = "",
 ) -> dict[str, Contender]:

@@ -38,9 +38,9 @@ from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.timing import timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 WINDOW, SINKS = "window", 4
 FIRST = 3  # steps before those that are timed: to compile, to capture, to replay
@@ -78,7 +78,7 @@ class Entrant:
 Entrants = dict[str, Entrant]
 
 
-def of_scores(config: Any, slots: int, names: Sequence[str], choosing: Choosing) -> Entrants:
+def of_scores(config: Any, slots: int, names: Sequence[str], choosing: SelectionRule) -> Entrants:
     """The window plan and one plan for each score, all with `slots` slots a head."""
     chosen = (slots - SINKS) // 2
     make = partial(HeadAwareCompressor.from_model_config, config, sink_size=SINKS, choosing=choosing)
@@ -89,13 +89,13 @@ def of_scores(config: Any, slots: int, names: Sequence[str], choosing: Choosing)
     return found
 
 
-def like(config: Any, name: str, plan: RetentionPlan, tokens: int, choosing: Choosing) -> Entrants:
+def like(config: Any, name: str, plan: RetentionPlan, tokens: int, choosing: SelectionRule) -> Entrants:
     """The heads of a plan in turn, and a window plan of as many slots after `tokens` tokens."""
-    shape = ModelShape.of_config(config)
+    shape = Architecture.of_config(config)
     theirs = [kept for layer in plan.layers for kept in layer]
-    layers, width = range(shape.layers), shape.kv_heads
+    layers, width = range(shape.num_layers), shape.num_key_value_heads
     mine = [[theirs[(layer * width + head) % len(theirs)] for head in range(width)] for layer in layers]
-    slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (shape.layers * width)
+    slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (shape.num_layers * width)
     rival = f"{WINDOW} of {round(slots)}"
     same = HeadAwareCompressor.from_model_config(config, "sink_window", SINKS, round(slots) - SINKS)
     compressor = HeadAwareCompressor(mine, query_heads=False, choosing=choosing)
@@ -159,10 +159,12 @@ def main(
         list[Path],
         typer.Option("--like", help="Instead of scores: plan files whose heads these shall be like (repeatable)."),
     ] = [],  # noqa: B006
-    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = Choosing.every,
-    observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = SelectionRule.every,
+    observe: Annotated[
+        int, typer.Option(min=1, help="Last queries that a later choice goes by.")
+    ] = SelectionRule.observe,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps a turn: some multiple of --every.")] = 2
-    * Choosing.every,
+    * SelectionRule.every,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every contender.")] = 3,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model and prompt, to try the program.")] = False,
@@ -180,7 +182,7 @@ def main(
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         name = "tiny" if tiny else "llama-3-8b"
         model = random_model(config_of(name), dtype, torch.device(device))
-        choosing = Choosing(every, observe)
+        choosing = SelectionRule(every, observe)
         plans = {path.stem: RetentionPlan.load(path) for path in like_plan}
         entrants = {} if plans else of_scores(model.config, slots, score or list(SCORES), choosing)
         for stem, plan in plans.items():

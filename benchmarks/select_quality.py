@@ -30,13 +30,14 @@ from kvcompress.evaluation.intervals import paired_difference
 from kvcompress.evaluation.perplexity import Documents, score_continuation
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.models import distributed
-from kvcompress.models.load import ModelRecord, load_folder, locate_model
+from kvcompress.models.load import load_folder
 from kvcompress.models.params import ModelParams, source_of
+from kvcompress.models.sources import ModelRecord, locate_model
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
 from kvcompress.reporting.comparison_data import interval_cell
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.texts.corpora import documents_of_all, load_texts
 from kvcompress.texts.retrieval_tasks import TASKS, Case, Task, Use, make_cases
@@ -158,8 +159,10 @@ def main(
     growing: Annotated[
         bool, typer.Option("--growing", help="Half of the continuation more, as a growing cache.")
     ] = False,
-    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = Choosing.every,
-    observe: Annotated[int, typer.Option(min=1, help="Last queries that a later choice goes by.")] = Choosing.observe,
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two choices.")] = SelectionRule.every,
+    observe: Annotated[
+        int, typer.Option(min=1, help="Last queries that a later choice goes by.")
+    ] = SelectionRule.observe,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     plans: Annotated[Path | None, typer.Option(help="Also write the plans of policies into this folder.")] = None,
@@ -214,7 +217,7 @@ def main(
             "retrieval_prefill": prefill,
             "tasks": asked,
         }
-        choosing, prices = Choosing(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
+        choosing, prices = SelectionRule(every, observe), Sensitivity.load(sensitivity) if sensitivity else None
 
         def compete(tokens: int, end: int, more: int) -> dict[str, Contender]:
             found = select_contenders(

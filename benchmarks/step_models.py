@@ -13,7 +13,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 
 def config_of(name: str) -> Any:
@@ -59,7 +59,7 @@ def occupied(plan: RetentionPlan, model: PreTrainedModel, batch: int, seen: int,
     """A cache that saw `seen` random tokens, with room for `room` more; its storage is all that it takes."""
     config = model.config
     cache = HeadAwareCompressor.from_plan(plan).new_cache(config, "streaming")
-    one = (2, batch, ModelShape.of_config(config).kv_heads, 1, head_size(config))
+    one = (2, batch, Architecture.of_config(config).num_key_value_heads, 1, head_size(config))
     for layer in cache.compressed_layers:
         keys, values = torch.randn(one, dtype=model.dtype, device=model.device)
         layer.fill(keys, values)
@@ -76,7 +76,12 @@ def occupied_static(model: PreTrainedModel, batch: int, seen: int, room: int) ->
     config = model.config
     cache = StaticCache(config=config, max_cache_len=-(-(seen + room) // 64) * 64)
     one = torch.empty(
-        batch, ModelShape.of_config(config).kv_heads, 1, head_size(config), dtype=model.dtype, device=model.device
+        batch,
+        Architecture.of_config(config).num_key_value_heads,
+        1,
+        head_size(config),
+        dtype=model.dtype,
+        device=model.device,
     )
     for layer in cache.layers:
         layer.lazy_initialization(one, one)

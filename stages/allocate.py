@@ -10,13 +10,12 @@ from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.models.load import ModelRecord
+from kvcompress.models.sources import ModelRecord
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
-from kvcompress.sensitivity.plot_data import price_rows
 from kvcompress.sensitivity.prices import Sensitivity
-from kvcompress.sensitivity.report import price_report
+from kvcompress.sensitivity.report import price_report, price_rows
 from stages.common import DataDir, ParamsFile, run, stage_app
 
 app = stage_app()
@@ -41,7 +40,7 @@ def main(
     sensitivity = Sensitivity.load(path)
     sensitivity.require_model(record.id, record.revision, path)
     itemsize = {"float32": 4}.get(sensitivity.origin.get("dtype", ""), 2)
-    classes = data_dir / "refined_classifications.json"
+    classes = load_classifications(data_dir / "refined_classifications.json")
     context = settings.context_length
     planner = Planner(
         sensitivity,
@@ -78,7 +77,7 @@ def main(
     if report:
         statistics = load_statistics(data_dir / "head_statistics.json")
         held = {label: best.held for label, best in expected.items()}
-        text = price_report(statistics, load_classifications(classes).ordered, sensitivity, held)
+        text = price_report(statistics, classes.ordered, sensitivity, held)
         write_text(report, text)
         print(text)
 

@@ -15,9 +15,8 @@ from kvcompress.core.artifacts import read_model
 from kvcompress.core.errors import InputError, KVCompressError
 from kvcompress.core.params import SectionParams, load_section, override
 from kvcompress.models import distributed
-from kvcompress.models.load import ModelRecord, locate_model
-from kvcompress.models.machine_params import MachineParams
-from kvcompress.models.params import ModelParams, source_of
+from kvcompress.models.params import MachineParams, ModelParams, source_of
+from kvcompress.models.sources import ModelRecord, locate_model
 
 
 def chosen_model(

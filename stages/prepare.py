@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.params import load_section
-from kvcompress.models.load import resolve_model
+from kvcompress.models.sources import resolve_model
 from kvcompress.texts.corpora import prepare_corpus
 from kvcompress.texts.params import CorpusParams
 from stages.common import Bf16, DataDir, Device, ModelId, ParamsFile, run, stage_app

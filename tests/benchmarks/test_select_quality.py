@@ -23,7 +23,7 @@ from kvcompress.evaluation.perplexity import score_continuation
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
@@ -32,7 +32,7 @@ from tests.reference.recorded import recorded_choices
 from tests.tiny import prose, save_tiny, tiny_model, tiny_tokenizer
 
 CONTEXT, LENGTH = 64, 96
-CHOOSING = Choosing(every=8, observe=16)
+CHOOSING = SelectionRule(every=8, observe=16)
 PLANS = {
     "full": ((FULL,) * 2,) * 2,
     "window": ((Retention(4, 12),) * 2,) * 2,
@@ -108,7 +108,7 @@ def test_every_score_has_a_plan_and_a_rival_of_the_same_bytes() -> None:
             assert one.plan
             assert rival.plan
             assert rival.plan.held(128) == 4 * (64 if "50" in name else 32)
-            assert one.plan.held(128) + evidence_slots(one.plan, CHOOSING) == rival.plan.held(128)
+            assert one.plan.held(128) + kept_query_slots(one.plan, CHOOSING) == rival.plan.held(128)
             assert one.compressor.choosing == CHOOSING  # type: ignore[attr-defined]
             assert name.split()[1] == one.plan.layers[1][1].score
     assert plan_of(contenders, "select key_diff 25.00%").layers[0][0] == Retention(4, 7, 21, "key_diff")

@@ -21,7 +21,7 @@ from kvcompress.cache.ragged_layer import clipped
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 torch.set_num_threads(1)  # a second thread only waits in models this small
 
@@ -103,7 +103,7 @@ PLANS = {
 
 def plan_for(model: PreTrainedModel, name: str) -> list[list[Retention]]:
     """A plan of that name, `[layer][kv_head]`."""
-    return PLANS[name](ModelShape.of_config(model.config).kv_heads)
+    return PLANS[name](Architecture.of_config(model.config).num_key_value_heads)
 
 
 def compressor_for(model: PreTrainedModel, name: str) -> HeadAwareCompressor:
@@ -114,7 +114,7 @@ def compressor_for(model: PreTrainedModel, name: str) -> HeadAwareCompressor:
 
 def clipped_plan(model: PreTrainedModel, name: str) -> list[list[Retention]]:
     """What the plan comes to on a model with a sliding window of its own."""
-    limits = ModelShape.of_config(model.config).limits
+    limits = Architecture.of_config(model.config).sliding_windows
     return [[clipped(kept, limits[i]) for kept in layer] for i, layer in enumerate(plan_for(model, name))]
 
 

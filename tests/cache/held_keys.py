@@ -6,17 +6,16 @@ from dataclasses import replace
 import torch
 
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.attention_totals import Received
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 BATCH, HEADS, GROUP, SIZE, PROMPT = 2, 2, 3, 12, 40
 ROTATION = Rotation(8, 100.0)  # partial: four of a head's twelve dimensions do not turn
 
 
-def prompt() -> Held:
+def prompt() -> ScoreInputs:
     """The end of an exact prefill: all keys, all queries."""
     torch.manual_seed(0)
-    return Held(
+    return ScoreInputs(
         keys=torch.randn(BATCH, HEADS, PROMPT, SIZE),
         values=torch.randn(BATCH, HEADS, PROMPT, 5),
         positions=torch.arange(PROMPT)[None, None],
@@ -27,13 +26,13 @@ def prompt() -> Held:
     )
 
 
-def stream() -> Held:
+def stream() -> ScoreInputs:
     """A chunk of 14 queries on what every head of every row holds: other positions each, in any order, and the chunk."""
     torch.manual_seed(1)
     rows = [[torch.randperm(90)[:26].tolist() for _ in range(HEADS)] for _ in range(BATCH)]
     positions = torch.tensor([[row + list(range(90, 104)) for row in heads] for heads in rows])
     positions = positions.gather(-1, torch.rand(positions.shape).argsort(-1))
-    earlier = Received(torch.rand(positions.shape) * 5, torch.randint(5, 90, positions.shape).float())
+    earlier = AttentionTotals(torch.rand(positions.shape) * 5, torch.randint(5, 90, positions.shape).float())
     return replace(
         prompt(),
         positions=positions,
@@ -43,7 +42,7 @@ def stream() -> Held:
     )
 
 
-def padded() -> Held:
+def padded() -> ScoreInputs:
     """A prompt whose rows begin with 3 and with 17 pads; what lies in their slots is not a number."""
     held, columns = prompt(), torch.arange(PROMPT)
     at = torch.stack([columns - 3, columns - 17])
@@ -59,12 +58,12 @@ def padded() -> Held:
     )
 
 
-def with_stays(held: Held) -> Held:
+def with_stays(held: ScoreInputs) -> ScoreInputs:
     positions = held.positions
     return replace(held, stays=(positions < 4) | (positions > positions.amax(-1, keepdim=True) - 6))
 
 
-CASES: dict[str, Callable[[], Held]] = {
+CASES: dict[str, Callable[[], ScoreInputs]] = {
     "prompt": prompt,
     "stream": stream,
     "padded": padded,

@@ -101,7 +101,7 @@ def edit(path: Path, change) -> None:
         (lambda p: p.write_text(p.read_text()[:-40]), "is not complete JSON"),
         (lambda p: p.write_bytes(b"\xff" + p.read_bytes()), "is not UTF-8"),
         (lambda p: edit(p, lambda c: c["head_statistics"].pop(5)), "head 1 of layer 1 is missing"),
-        (lambda p: edit(p, lambda c: c["head_statistics"].append(c["head_statistics"][0])), "stands there twice"),
+        (lambda p: edit(p, lambda c: c["head_statistics"].append(c["head_statistics"][0])), "occurs twice"),
         (lambda p: edit(p, lambda c: c["head_statistics"][3].update(mean_entropy=float("nan"))), "NaN"),
         (
             lambda p: edit(p, lambda c: c["head_statistics"][3].update(sink_ratio="a lot")),

@@ -9,8 +9,7 @@ from kvcompress.collect.params import CollectParams, StatisticsParams
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import SECTIONS, load_section
 from kvcompress.evaluation.params import AblationParams
-from kvcompress.models.machine_params import MachineParams
-from kvcompress.models.params import ModelParams
+from kvcompress.models.params import MachineParams, ModelParams
 from kvcompress.reporting.params import PlotParams
 from kvcompress.texts.params import CorpusParams
 from tests.core.param_sections import CLASSES
@@ -71,7 +70,7 @@ def test_missing_section_and_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the section 'thresholds' is missing"):
         load_section(ThresholdParams, path)
     path.write_text("")
-    with pytest.raises(InputError, match="holds no sections"):
+    with pytest.raises(InputError, match="has no sections"):
         load_section(ThresholdParams, path)
 
 

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.core.retention import (
-    FULL,
-    PRUNED,
-    HeadCompressionConfig,
-    Retention,
-    intersection,
-    join_query_heads,
-    union,
-)
+from kvcompress.core.retention import FULL, PRUNED, Retention, intersection, join_query_heads, union
+from kvcompress.methods import HeadCompressionConfig
 
 retentions = st.one_of(
     st.just(FULL), st.just(PRUNED), st.builds(Retention, st.integers(0, 6), st.integers(1, 12), st.just(0), st.just(""))
@@ -33,8 +26,8 @@ def test_positions_held_are_what_the_last_query_saw(kept: Retention, seen: int) 
 
 
 @given(retentions)
-def test_config_and_retention_say_the_same(kept: Retention) -> None:
-    assert HeadCompressionConfig.of(1, 2, kept).retention == kept
+def test_rows_and_retention_say_the_same(kept: Retention) -> None:
+    assert Retention.from_row(**kept.to_row()) == kept
 
 
 @given(st.lists(retentions, min_size=1, max_size=4), st.integers(0, 25), st.integers(0, 25))
@@ -73,6 +66,23 @@ def test_the_published_word_for_undecided_is_full() -> None:
     assert HeadCompressionConfig(0, 0, "sink_window", keep_sinks=False).retention == Retention(0, 8)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((4, -7), "4 sinks with window -7"),
+        ((-2, 5), "-2 sinks with window 5"),
+        ((4, 0), "4 sinks with window 0"),
+        ((4, 8, 5, ""), "5 chosen keys by score ''"),
+        ((4, 8, 0, "snapkv"), "0 chosen keys by score 'snapkv'"),
+        ((4, -1, 5, "snapkv"), "5 chosen keys by score 'snapkv' with window -1"),
+        ((4, 8, -1, "snapkv"), "-1 chosen keys by score 'snapkv'"),
+    ],
+)
+def test_numbers_that_contradict_each_other(numbers: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=f"invalid retention: {message}"):
+        Retention(*numbers)
+
+
 def plan() -> RetentionPlan:
     layers = ((Retention(4, 8), FULL), (PRUNED, Retention(0, 5)))
     return RetentionPlan(layers, 6, "tiny", "by hand", {"share": 0.25}, {"text": "none"})
@@ -92,7 +102,7 @@ def test_plan_file_round_trip_and_counts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda c: c["heads"].pop(), "KV head 1 of layer 1 is missing"),
-        (lambda c: c["heads"].append(c["heads"][0]), "KV head 0 of layer 0 stands there twice"),
+        (lambda c: c["heads"].append(c["heads"][0]), "KV head 0 of layer 0 occurs twice"),
         (lambda c: c["heads"][0].update(layer=7), "KV head 0 of layer 7 does not exist"),
         (lambda c: c["heads"][0].update(strategy="magic"), "heads.0.strategy"),
         (lambda c: c["heads"][0].update(window_size=-7), "heads.0.window_size"),

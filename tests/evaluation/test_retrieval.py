@@ -8,7 +8,7 @@ import torch
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.retrieval import answered, retrieve
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
-from kvcompress.sensitivity.calibration_facts import MONOTONY, REPEATED
+from kvcompress.sensitivity.fact_price import FILLERS, TWICE
 from kvcompress.texts.retrieval_tasks import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def test_templates_that_calibrate_never_judge() -> None:
     for use, found in uses.items():
         found += [fact for fact, _ in TEMPLATES[use]]
         found += [PASSKEY[use][0], PASSKEY[use][1], LOOKUP[use]]
-    uses["calibration"] += [*(fact for fact, _ in REPEATED), *MONOTONY]
+    uses["calibration"] += [*(fact for fact, _ in TWICE), *FILLERS]
     assert len(set(uses["calibration"]) | set(uses["evaluation"])) == sum(map(len, uses.values()))
     for one in uses["calibration"]:
         for other in uses["evaluation"]:

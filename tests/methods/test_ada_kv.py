@@ -9,9 +9,9 @@ from kvcompress.cache.select.ada_kv import AdaptiveLayer, divided
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention
 from kvcompress.methods import AdaptiveCompressor
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.scores.snapkv import SnapKV
 from tests.cache.cache_tools import feed, model_of, padded, tokens
 from tests.cache.select.select_tools import CHOOSING, replayed, uniform
@@ -99,11 +99,11 @@ def test_what_a_layer_keeps_are_its_best_keys_whichever_head_they_belong_to():
     keys[0, 1, 20:23] = 3 * query[0, 1].mean(0) + 4
     query[0, 1] += 4
     layer = AdaptiveLayer(
-        kept, heads, Shared(choosing=Choosing(every=4, scores={"snapkv": SnapKV(window=8, kernel=1)})), floor=0
+        kept, heads, Shared(choosing=SelectionRule(every=4, scores={"snapkv": SnapKV(window=8, kernel=1)})), floor=0
     )
     layer.attend(query, keys, keys, None, 0.0)
     places = torch.arange(columns)
-    held = Held(keys, keys, places[None, None], size**-0.5, query[:, :, -8:], places[None, -8:])
+    held = ScoreInputs(keys, keys, places[None, None], size**-0.5, query[:, :, -8:], places[None, -8:])
     scores = SnapKV(window=8, kernel=1).rank(held)[0, :, 2 : columns - 8]
     best = scores.flatten().sort(descending=True).indices[:20]
     wanted = [int((best // scores.shape[1] == head).sum()) for head in range(heads)]

@@ -22,7 +22,7 @@ def plan_file(tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda plan: plan["heads"].append(plan["heads"][0]), "KV head 0 of layer 0 stands there twice"),
+        (lambda plan: plan["heads"].append(plan["heads"][0]), "KV head 0 of layer 0 occurs twice"),
         (lambda plan: plan["heads"].pop(), "KV head 2 of layer 1 is missing"),
         (lambda plan: plan["heads"][1].update(strategy="magic"), "magic"),
         (lambda plan: plan["heads"][1].update(window_size=-3), "window_size"),
@@ -47,7 +47,7 @@ def test_truncated_files(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda rows: rows.append(dict(rows[0])), "head 0 of layer 0 stands there twice"),
+        (lambda rows: rows.append(dict(rows[0])), "head 0 of layer 0 occurs twice"),
         (lambda rows: rows.pop(1), "head 1 of layer 0 is missing"),
         (lambda rows: rows[1].update(compression_strategy="magic"), "magic"),
     ],

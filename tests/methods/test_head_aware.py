@@ -9,14 +9,14 @@ from kvcompress.core.head_classes import HeadClassification, HeadType, save_clas
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 from tests.cache.cache_tools import model_of
 
 PUBLISHED = Path(__file__).parents[2] / "../shared/reference/pythia-2.8b/refined_classifications.json"
 
 
 def shape(layers, kv_heads, query_heads):
-    return ModelShape(layers, kv_heads, query_heads, (None,) * layers)
+    return Architecture(layers, kv_heads, (None,) * layers, query_heads)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published Pythia-2.8b classification is not here")
@@ -89,4 +89,4 @@ def test_the_same_for_every_head_of_a_model(strategy, kept):
     compressor = HeadAwareCompressor.from_model_config(
         config, default_strategy=strategy, sink_size=4, window_size=508, skip_layers=[1]
     )
-    assert compressor.retention(ModelShape.of_config(config)) == [[kept] * 3, [FULL] * 3]
+    assert compressor.retention(Architecture.of_config(config)) == [[kept] * 3, [FULL] * 3]

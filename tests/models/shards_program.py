@@ -37,11 +37,10 @@ from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device, load_folder
 from kvcompress.models.params import LocalModel, ModelParams
-from kvcompress.models.tensor_parallel import share
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.models.tensor_parallel import gather_heads, share
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
@@ -110,7 +109,7 @@ def compressors() -> dict[str, Compressor]:
     return {
         "full cache": HeadAwareCompressor([[FULL] * 4] * 2, query_heads=False),
         "windows": HeadAwareCompressor(WINDOWS.layers, query_heads=False),
-        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, choosing=Choosing(every=4, observe=5)),
+        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, choosing=SelectionRule(every=4, observe=5)),
         "l2": L2Compressor(0.5, 32, skip_layers=[0]),
         "fix": FixSizeL2Compressor(24, 0.5, skip_layers=[]),
         "in the cache": StreamingLLMCompressor(2, 20, positions="cache"),
@@ -121,18 +120,18 @@ def ids(length: int, batch: int = 1) -> Tensor:
     return torch.randint(1, 256, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def positions(cache: RaggedCache, part) -> Tensor:
+def positions(cache: RaggedCache, config) -> Tensor:
     """Which tokens every KV head of the model holds, bool `[layer, kv_head, token]`."""
     held = torch.zeros(len(cache.layers), cache.compressed_layers[0].heads, cache.seen)
     for layer, heads in enumerate(cache.compressed_layers):
         for head, places in enumerate(heads.positions()):
             held[layer, head, places] = 1
-    return of_all_heads(held, 1, part)
+    return gather_heads(held, 1, config)
 
 
 def cached(model: PreTrainedModel) -> dict[str, Tensor]:
     """Logits, held tokens and generated tokens of caches whose heads differ."""
-    found, part, text = {}, part_of(model.config), ids(90).to(input_device(model))
+    found, text = {}, ids(90).to(input_device(model))
     for name, compressor in list(compressors().items())[1:3]:
         for prefill in ("exact", "streaming"):
             with compressor.attached(model), torch.inference_mode():
@@ -141,7 +140,7 @@ def cached(model: PreTrainedModel) -> dict[str, Tensor]:
                     pieces = text.split([50, 9, *[1] * 31], 1)
                     logits = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
                 found[f"{name}.{prefill}.logits"] = logits[0]
-                found[f"{name}.{prefill}.held"] = positions(cache, part)
+                found[f"{name}.{prefill}.held"] = positions(cache, model.config)
                 fresh = compressor.new_cache(model.config, prefill)
                 prompt = ids(40, 2).to(text.device)
                 mask = torch.ones_like(prompt)

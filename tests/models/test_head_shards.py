@@ -16,10 +16,9 @@ from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from kvcompress.models import distributed
 from kvcompress.models.attention_interface import use_attention
-from kvcompress.models.head_shards import Part, part_of
 from kvcompress.models.load import load_folder
 from kvcompress.models.params import LocalModel, ModelParams
-from kvcompress.models.tensor_parallel import require_as_split, require_split, share
+from kvcompress.models.tensor_parallel import HeadShard, require_as_split, require_split, shard_of, share
 from tests.models.shards_program import CONFIGS, save_wide
 from tests.tiny import tiny_model
 
@@ -122,7 +121,7 @@ def test_processes_of_one_model_share_no_documents(monkeypatch: pytest.MonkeyPat
 
 
 def test_heads_of_a_part() -> None:
-    assert [list(range(8))[Part(i, 4).own(8)] for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [list(range(8))[HeadShard(i, 4).own(8)] for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_what_a_part_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +130,7 @@ def test_what_a_part_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedModelError, match="llama model is one of 2 tensor-parallel parts"):
         use_attention(model, "kvcompress_observe")
     joined(monkeypatch, 2, one_model=True)
-    assert part_of(model.config) == Part(1, 2)
+    assert shard_of(model.config) == HeadShard(1, 2)
     with pytest.raises(UnsupportedModelError, match="draws at random for all heads"):
         FixSizeL2Compressor(8, strategy="random").new_cache(model.config)
     compressor = HeadAwareCompressor.from_model_config(model.config)

@@ -14,8 +14,10 @@ from kvcompress.collect.observer import require_observable
 from kvcompress.core import packages
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.packages import PackagedFile, fetch_packaged_file, read_member
-from kvcompress.models.load import load_folder, load_model, model_shape, resolve_device, resolve_model
+from kvcompress.models.architecture import Architecture
+from kvcompress.models.load import load_folder, load_model, resolve_device
 from kvcompress.models.params import HubModel, LocalModel, ModelParams, PackagedModel
+from kvcompress.models.sources import resolve_model
 from tests.tiny import save_tiny, tiny_model
 
 DIGEST = "0" * 64
@@ -176,10 +178,10 @@ def test_a_package_without_a_readable_gguf(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_shapes() -> None:
-    shape = model_shape(tiny_model("gpt2").config)
+    shape = Architecture.of_config(tiny_model("gpt2").config)
     assert (shape.num_layers, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim) == (2, 4, 4, 8)
     with pytest.raises(UnsupportedModelError, match="t5 is an encoder-decoder"):
-        model_shape(T5Config())
+        Architecture.of_config(T5Config())
 
 
 def test_models_that_cannot_be_observed_are_refused_by_name() -> None:

@@ -14,7 +14,7 @@ from benchmarks.kernel_cost import Layer, Shape
 from kvcompress.cache import fused_decode
 from kvcompress.core.retention import Retention
 from kvcompress.ops import ragged_decode
-from kvcompress.ops.ragged_decode import Part, Tuning, can_decode, table_of
+from kvcompress.ops.ragged_decode import GroupSlots, Tuning, can_decode, table_of
 from tests.cache.cache_tools import compressor_for, feed, model_of, padded, tokens
 from tests.ops.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
 
@@ -42,10 +42,10 @@ def make(batch, lengths, group, size, value_size, dtype, spare=5, same_block=Fal
             block[:, head, :length] = torch.randn(batch, length, width, device=DEVICE).to(dtype)
         blocks.append(block)
     keys, values = blocks
-    parts = [Part(range(len(lengths)), keys, values, lengths[0])]
+    parts = [GroupSlots(range(len(lengths)), keys, values, lengths[0])]
     if not same_block:
         parts = [
-            Part([head], *(block[:, head : head + 1, : length + spare].clone() for block in blocks), length)
+            GroupSlots([head], *(block[:, head : head + 1, : length + spare].clone() for block in blocks), length)
             for head, length in enumerate(lengths)
             if length
         ]
@@ -183,7 +183,7 @@ def test_the_last_column_is_stored_before_it_is_read(size, value_size, dtype):
         tuple(torch.full((2, 1, slots, width), POISON, dtype=dtype, device=DEVICE) for width in (size, value_size))
         for slots in (18, 6, 5)
     ]
-    parts = [Part([i], *block, kept[i].capacity, kept[i].sinks) for i, block in enumerate(blocks)]
+    parts = [GroupSlots([i], *block, kept[i].capacity, kept[i].sinks) for i, block in enumerate(blocks)]
     column_major = [torch.randn(2, 18, 3, width, device=DEVICE).to(dtype) for width in (size, value_size)]
     text = [tensor.transpose(1, 2) for tensor in column_major]  # [batch, kv_head, column, head_dim]
     scratch = None

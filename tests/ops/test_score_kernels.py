@@ -15,7 +15,7 @@ from kvcompress.scores.attention_received import of_a_text, received, which
 from kvcompress.scores.chunk_attention import non_causal
 from kvcompress.scores.compactor import Leverage, gaussian
 from kvcompress.scores.expected_attention import logits_of
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import make_score
 from tests.ops.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
 
@@ -27,12 +27,12 @@ def test_these_tests_pass_in_tritons_interpreter():
     run_interpreted(__file__)
 
 
-def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) -> Held:
+def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) -> ScoreInputs:
     """Keys and queries of a text, laid out token by token; a third of the keys and all of the first thirty stay."""
     torch.manual_seed(0)
     at = torch.arange(count)
     keys, queries = (torch.randn(2, count, n, size).to(DEVICE, dtype).transpose(1, 2) for n in (heads, heads * group))
-    held = Held(
+    held = ScoreInputs(
         keys=keys,
         values=torch.randn(2, heads, count, size).to(DEVICE, dtype),
         positions=at[None, None].to(DEVICE),
@@ -45,7 +45,7 @@ def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) 
     return replace(held, stays=((torch.rand(2, heads, count) < 0.3) | (at < 30)).to(DEVICE))
 
 
-def wide(held: Held) -> Held:
+def wide(held: ScoreInputs) -> ScoreInputs:
     """The same numbers in float32, which no kernel takes."""
     return replace(held, **{name: getattr(held, name).float() for name in ("keys", "values", "queries")})
 

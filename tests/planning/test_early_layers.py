@@ -1,13 +1,12 @@
-"""More for early layers: the same slots in all, the ratio that was asked for, and an honest account of what is expected."""
+"""Early layers favoured by `select`: equal slots in total, the requested ratio, and the expected cost of the result."""
 
 import numpy as np
 import pytest
 
 from kvcompress.planning.budget import Budget
-from kvcompress.planning.early_layers import favour, is_early
-from kvcompress.planning.policies import Planner
+from kvcompress.planning.policies import Planner, favour_early_layers, favoured
+from kvcompress.planning.pricing import NEVER, WEIGHTS
 from kvcompress.planning.reference_plans import flat
-from kvcompress.planning.select_pricing import NEVER
 from tests.planning.test_policies import BUDGETS, CONTEXT, KV_HEADS, LAYERS, sensitivity
 
 
@@ -16,14 +15,18 @@ def planner(early: float) -> Planner:
 
 
 def test_the_first_third_of_the_layers_is_early() -> None:
-    assert is_early(30, 3).nonzero()[0].tolist() == list(range(30))
-    assert is_early(5, 3).nonzero()[0].tolist() == [0, 1, 2]
-    assert not is_early(2, 4).any()
+    """Of 5 layers the first one."""
+    division = planner(1.0).pricing.best(6000, 0.5)
+    found = favour_early_layers(planner(2.0), division)
+    bounded = division.held < CONTEXT
+    more = found.held / division.held > 1
+    assert more[:KV_HEADS][bounded[:KV_HEADS]].all()
+    assert not more[KV_HEADS:].any()
 
 
 def test_slots_move_to_early_heads_in_the_ratio_asked_for() -> None:
     held, early = np.array([100, 300, 400, 200, 300, 300]), np.array([True, True, False, False, False, False])
-    found = favour(held, early, 2.0, np.full(6, 20), 1000)
+    found = favoured(held, early, 2.0, np.full(6, 20), 1000)
     assert found.sum() == held.sum()
     ratio = found / held
     assert ratio[:2] / ratio[2:].mean() == pytest.approx([2, 2], rel=0.02)
@@ -36,7 +39,7 @@ def test_full_heads_stay_full_and_no_head_leaves_its_bounds() -> None:
         held = generator.integers(20, 1001, 12)
         held[generator.integers(12)] = 1000
         least = np.minimum(generator.integers(20, 300, 12), held)
-        found = favour(held, np.arange(12) < 4, 3.0, least, 1000)
+        found = favoured(held, np.arange(12) < 4, 3.0, least, 1000)
         assert found.sum() == held.sum()
         assert (found >= least).all()
         assert (found <= 1000).all()
@@ -57,9 +60,8 @@ def test_plans_spend_the_same_and_more_of_it_early(budget: float | str) -> None:
 
 
 def test_what_is_expected_is_that_of_the_plan_as_made() -> None:
-    pricing = planner(1.0).choosing_pricing
-    best = pricing.best(6000, 0.5)
-    assert best.ways is not None
+    pricing = planner(1.0).pricing
+    best = pricing.best(6000, 0.5, range(len(pricing.ways)), WEIGHTS)
     again = pricing.expected(best.held, best.ways, best.retrieval_heads)
     assert (again.text, again.success) == (pytest.approx(best.text), pytest.approx(best.success))
     plain, early = (planner(factor).plan("select", Budget.parse(0.25)).made_from for factor in (1.0, 2.0))
@@ -67,7 +69,7 @@ def test_what_is_expected_is_that_of_the_plan_as_made() -> None:
 
 
 def test_no_head_chooses_where_its_way_was_not_measured() -> None:
-    pricing = planner(1.0).choosing_pricing
+    pricing = planner(1.0).pricing
     ways = np.arange(LAYERS * KV_HEADS) % 3
     least = pricing.least(np.full(len(ways), CONTEXT), ways)
     for head, (way, slots) in enumerate(zip(ways, least, strict=True)):

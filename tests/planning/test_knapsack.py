@@ -52,12 +52,12 @@ def test_spending_is_exact_and_as_good_as_trying_everything() -> None:
 
 def test_whole_heads_come_first_and_too_much_is_refused() -> None:
     sizes, prices = np.array([2, 16]), np.array([[3.0, 2.0, 1.0], [0, 0, 0]])
-    held = spend(pieces(sizes, prices), 3, 2, 16, 24, whole=[2])
+    held = spend(pieces(sizes, prices), 3, 2, 16, 24, full=[2])
     assert held[2] == 16
     assert held.sum() == 24
     assert held[0] == 6
     with pytest.raises(ValueError, match="cannot be divided"):
-        spend(pieces(sizes, prices), 3, 2, 16, 17, whole=[2])
+        spend(pieces(sizes, prices), 3, 2, 16, 17, full=[2])
     with pytest.raises(ValueError, match="cannot be divided"):
         spend(pieces(sizes, prices), 3, 2, 16, 49)
 

@@ -61,9 +61,9 @@ def test_one_measurement_serves_many_plans(tmp_path: Path) -> None:
     assert len({kept for layer in uniform.layers for kept in layer}) == 1
 
 
-def test_wrong_wishes_are_refused() -> None:
+def test_invalid_requests_are_refused() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    with pytest.raises(InputError, match="'a quarter', expected such as"):
+    with pytest.raises(InputError, match="'a quarter', expected a value such as"):
         make_plan(model, tokenizer, prose(100), "a quarter", params=PARAMS)
     with pytest.raises(InputError, match="documents of 256 tokens need 256"):
         make_plan(model, tokenizer, "too short", params=PARAMS)

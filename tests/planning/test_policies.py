@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from kvcompress.core.errors import InputError
-from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
+from kvcompress.core.head_classes import ClassificationFile, HeadClassification, HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.planning.pricing import Pricing
 from kvcompress.planning.reference_plans import flat
-from kvcompress.scores.selection_rule import evidence_slots
-from kvcompress.sensitivity.prices import Sensitivity
-from kvcompress.sensitivity.selection_outputs import Choice
+from kvcompress.scores.selection_rule import kept_query_slots
+from kvcompress.sensitivity.prices import SelectOption, Sensitivity
 
 LAYERS, KV_HEADS, CONTEXT = 5, 3, 1024
 WINDOWS = [16, 64, 256, 900]
@@ -29,7 +28,7 @@ def sensitivity(seed: int = 0) -> Sensitivity:
     joint = generator.exponential(size=(2, *shape[1:]))
     facts = 0.1 * generator.exponential(size=shape[1:]) ** 3 * generator.uniform(0.5, 1, size=(6, 1, 1))
     origin = {"num_attention_heads": 2 * KV_HEADS, "texts": ["a", "b"]}
-    choices = [Choice(score, 0.5, size) for score in ("expected_attention", "key_diff") for size in (128, 512)]
+    choices = [SelectOption(score, 0.5, size) for score in ("expected_attention", "key_diff") for size in (128, 512)]
     # Chosen keys are worth most where little is kept, and of facts one score keeps nothing, the other most.
     worth = np.array([0.5, 0.8, 0.9, 1.0])[:, None, None]
     chosen = worth * np.concatenate([fisher[1:3], fisher[1:3]])
@@ -38,8 +37,7 @@ def sensitivity(seed: int = 0) -> Sensitivity:
 
 
 @pytest.fixture(scope="module")
-def classifications(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("classes") / "refined_classifications.json"
+def classifications() -> ClassificationFile:
     kinds = [HeadType.SINK_POSITIONAL, HeadType.SINK_MIXED, HeadType.GATHERING]
     heads = []
     for layer in range(LAYERS):
@@ -48,12 +46,11 @@ def classifications(tmp_path_factory: pytest.TempPathFactory) -> Path:
             full = kind is HeadType.GATHERING
             bounded = {} if full else {"keep_sinks": True, "compression_strategy": "sink_window"}
             heads.append(HeadClassification(layer, head, kind, 0.9, recommended_window=-1 if full else 8, **bounded))
-    save_classifications(path, heads)
-    return path
+    return ClassificationFile(classifications=heads)
 
 
 @pytest.fixture
-def planner(classifications: Path) -> Planner:
+def planner(classifications: ClassificationFile) -> Planner:
     return Planner(sensitivity(), "some/model", 64, 2, CONTEXT, 0.5, classifications)
 
 
@@ -66,7 +63,7 @@ def test_every_budget_is_hit(planner: Planner, policy: str, budget: float | str,
     amount = Budget.parse(budget)
     plan = planner.plan(policy, amount)
     wanted = planner.slots(amount)
-    held = plan.held(CONTEXT) + evidence_slots(plan)
+    held = plan.held(CONTEXT) + kept_query_slots(plan)
     assert held == (pytest.approx(wanted, rel=0.005) if policy == "select" else wanted)
     assert held <= wanted
     if amount.kind == "bytes":
@@ -153,21 +150,26 @@ def test_balance_trades_text_for_facts(planner: Planner) -> None:
 
 def test_expectations_at_the_ends(planner: Planner) -> None:
     pricing, heads = planner.pricing, LAYERS * KV_HEADS
-    everything = np.full(heads, CONTEXT)
-    assert pricing.text(everything) == 0
-    assert pricing.success(everything) == 1
-    least = np.full(heads, WINDOWS[0] + 4)
-    assert pricing.text(least) == pytest.approx(planner.sensitivity.prices()[0].sum())
+    windows = np.zeros(heads, dtype=int)
+    everything = pricing.expected(np.full(heads, CONTEXT), windows, 0)
+    assert (everything.text, everything.success) == (0, 1)
+    least = pricing.expected(np.full(heads, WINDOWS[0] + 4), windows, 0)
+    assert least.text == pytest.approx(planner.sensitivity.prices()[0].sum())
     distances = (np.arange(64) + 0.5) / 64 * CONTEXT  # beyond all windows nothing of a fact is left
     total = planner.sensitivity.retrieval.reshape(6, -1).sum(1)
     expected = np.mean([np.exp(-total) if distance > 20 else np.ones(6) for distance in distances])
-    assert pricing.success(least) == pytest.approx(expected)
+    assert least.success == pytest.approx(expected)
 
 
 def test_priced_buys_more_than_uniform_and_controls(planner: Planner) -> None:
     planner.balance = 0.0
     budget = Budget.parse(0.25)
-    cost = {name: planner.pricing.text(held(planner.plan(name, budget))) for name in POLICIES}
+    windows = np.zeros(LAYERS * KV_HEADS, dtype=int)
+    cost = {
+        name: planner.pricing.expected(held(planner.plan(name, budget)), windows, 0).text
+        for name in POLICIES
+        if name != "select"
+    }
     assert cost["priced"] < min(cost[name] for name in ("uniform", "random", "inverse", "class_table_scaled"))
 
 
@@ -180,7 +182,7 @@ def test_the_scaled_class_table_keeps_its_shape(planner: Planner) -> None:
     assert scaled[table == 12].max() < scaled[table == CONTEXT].min()
 
 
-def test_wrong_wishes_are_refused(planner: Planner, classifications: Path) -> None:
+def test_invalid_requests_are_refused(planner: Planner, classifications: ClassificationFile) -> None:
     with pytest.raises(InputError, match="unknown policy 'best'"):
         planner.plan("best", Budget.parse(0.25))
     with pytest.raises(InputError, match="less than one slot"):
@@ -193,5 +195,5 @@ def test_wrong_wishes_are_refused(planner: Planner, classifications: Path) -> No
         small.plan("priced", Budget.parse(0.5))
     other = sensitivity()
     other.origin = {**other.origin, "num_attention_heads": 3}
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="of another model than the prices"):
         Planner(other, "m", 64, 2, CONTEXT, 0.5, classifications).plan("class_table", Budget.parse(0.25))

@@ -1,13 +1,11 @@
 """Plans to compare with: equal cost to the slot, and controls that keep what they should."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_classes import ClassificationFile, HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.planning.reference_plans import (
@@ -64,7 +62,7 @@ def test_per_layer_keeps_what_layers_hold() -> None:
         assert sum(one.held(TOKENS) for one in before) == sum(one.held(TOKENS) for one in after)
 
 
-def test_class_table_joins_query_heads_and_replaces_windows(tmp_path: Path) -> None:
+def test_class_table_joins_query_heads_and_replaces_windows() -> None:
     kinds = [("sink_positional", 8, "sink_window"), ("sink_mixed", 20, "sink_window")]
     kinds += [("mixed", -1, "full"), ("true_positional", 16, "window_only")]
     rows = [
@@ -72,8 +70,7 @@ def test_class_table_joins_query_heads_and_replaces_windows(tmp_path: Path) -> N
         | {"compression_strategy": strategy, "keep_sinks": strategy == "sink_window"}
         for i, (kind, window, strategy) in enumerate(kinds)
     ]
-    path = tmp_path / "classes.json"
-    path.write_text(json.dumps({"classifications": rows}))
-    assert flat(class_table_plan(path, 2)) == [Retention(4, 20), FULL]
+    file = ClassificationFile.model_validate({"classifications": rows})
+    assert flat(class_table_plan(file, 2)) == [Retention(4, 20), FULL]
     wide = {HeadType.SINK_MIXED: 256, HeadType.MIXED: 32}
-    assert flat(class_table_plan(path, 2, wide)) == [Retention(4, 256), Retention(4, 32)]
+    assert flat(class_table_plan(file, 2, wide)) == [Retention(4, 256), Retention(4, 32)]

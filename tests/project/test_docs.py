@@ -10,7 +10,7 @@ from kvcompress.core.params import SECTIONS
 from kvcompress.core.retention import Strategy
 from kvcompress.planning.policies import POLICIES
 from kvcompress.scores.registry import SCORES, make_score
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.project.project import ROOT
 
 TEXT = (ROOT / "docs/measures.md").read_text()
@@ -57,7 +57,7 @@ def test_every_score_is_explained_with_the_queries_it_needs() -> None:
     assert set(told) == set(SCORES)
     for name, rest in told.items():
         assert rest.endswith("none") != make_score(name).needs_queries
-    numbers = f"`every` ({Choosing.every})", f"`observe` ({Choosing.observe})"
+    numbers = f"`every` ({SelectionRule.every})", f"`observe` ({SelectionRule.observe})"
     assert all(number in SELECTION for number in numbers)
 
 

@@ -14,7 +14,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
 from kvcompress.reporting.comparison_report import report
-from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.scores.selection_rule import kept_query_slots
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.report import price_report
 from tests.project.project import copy_project, stage_here
@@ -44,7 +44,7 @@ def test_there_is_a_plan_for_every_policy_and_budget(project: Path) -> None:
     }
     for path in folder.glob("*-*.json"):
         plan = RetentionPlan.load(path)
-        held = plan.held(2048) + evidence_slots(plan)
+        held = plan.held(2048) + kept_query_slots(plan)
         whole = plan.num_layers * plan.num_key_value_heads * 2048
         assert 100 * held / whole == pytest.approx(float(path.stem.split("-")[1]), rel=0.005)
         assert plan.policy == path.stem.split("-")[0]
@@ -68,17 +68,23 @@ def test_prices_of_all_heads_are_plot_data(project: Path) -> None:
     assert [row["facts"] for row in rows] == pytest.approx(facts.reshape(-1), abs=6e-5)
 
 
-def test_prices_stand_beside_classes(project: Path) -> None:
+def test_prices_are_reported_by_class(project: Path) -> None:
     data = project / "data"
     text = (project / "reports/price_report.txt").read_text()
-    for title in ("BY CLASS", "DEAREST ON TEXT", "RETRIEVAL HEADS", "DO STATISTICS PREDICT", "WHAT A BUDGET GIVES"):
+    for title in (
+        "BY CLASS",
+        "HIGHEST PRICES ON TEXT",
+        "RETRIEVAL HEADS",
+        "DO STATISTICS PREDICT",
+        "WHAT A BUDGET GIVES",
+    ):
         assert title in text
     sensitivity = Sensitivity.load(data / "head_sensitivity.safetensors")
     near = int(np.searchsorted(sensitivity.windows, min(128, sensitivity.windows[-1])))
     price = sensitivity.prices()[near]
-    dearest = np.unravel_index(int(price.argmax()), price.shape)
-    line = text.split("DEAREST ON TEXT")[1].splitlines()[3].split()
-    assert line[0] == f"{dearest[0]}.{dearest[1]}"
+    highest = np.unravel_index(int(price.argmax()), price.shape)
+    line = text.split("HIGHEST PRICES ON TEXT")[1].splitlines()[3].split()
+    assert line[0] == f"{highest[0]}.{highest[1]}"
     assert float(line[1]) == pytest.approx(price.max() * 1000, abs=6e-4)
     held = {"25": np.arange(4)}
     classes = load_classifications(data / "refined_classifications.json").ordered

@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.cache.select.record import Choice, Choices, of_head
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import Retention
-from kvcompress.models.attention_interface import use_attention
-from kvcompress.models.head_shards import part_of
+from kvcompress.models.attention_interface import replaced_attention
+from kvcompress.models.tensor_parallel import shard_of
 
 NAME = "kvcompress_oracle"
 
@@ -131,16 +131,14 @@ def judged(
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     if {module.layer_idx for module in modules} != set(range(len(layers))):
         raise InputError(f"the plan has {len(layers)} layers, the model has {len({m.layer_idx for m in modules})}")
-    part = part_of(model.config)
+    shard = shard_of(model.config)
     for module in modules:
         index = int(module.layer_idx)
-        own = layers[index][part.own(len(layers[index]))]
+        own = layers[index][shard.own(len(layers[index]))]
         _VERDICTS[module] = _Verdict(own, prompt_length or 0, choices[index] if choices else [])
-    before = model.config._attn_implementation
-    use_attention(model, NAME)
     try:
-        yield model
+        with replaced_attention(model, NAME):
+            yield model
     finally:
-        use_attention(model, before)
         for module in modules:
             del _VERDICTS[module]

@@ -1,6 +1,6 @@
 """Every score as its definition says, one key and one query at a time, in float64: slow and plain, to compare with.
 
-`Slow(held)` unpacks a `Held`; its methods are named as the scores in the table and take the score for its parameters.
+`Slow(held)` unpacks a `ScoreInputs`; its methods are named as the scores in the table and take the score for its parameters.
 Where a score has no say (empty slots, keys that stay) they agree with the interface: -inf and +inf.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.scores.base import Score
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 
 
 def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:
@@ -26,7 +26,7 @@ def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:
 
 
 class Slow:
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: ScoreInputs) -> None:
         self.held = held
         self.batch, self.heads, self.count = held.keys.shape[:3]
         shape = (self.batch, self.heads, self.count)

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from kvcompress.core.class_style import STYLE as CLASSES
+from kvcompress.core.head_classes import CLASS_STYLE as CLASSES
 from kvcompress.reporting.comparison_data import OTHER
 from kvcompress.reporting.comparison_data import STYLE as METHODS
 from tests.project.project import ROOT

@@ -9,12 +9,11 @@ from torch import Tensor
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.attention_received import received
-from kvcompress.scores.attention_totals import Received
 from kvcompress.scores.compactor import Leverage
 from kvcompress.scores.expected_attention import ExpectedAttention
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
-from kvcompress.sensitivity.attention_hook import listening
+from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from tests.cache.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 
@@ -25,8 +24,8 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def with_new_keys(before: Received, keys: int) -> Received:
-    return Received(*(torch.nn.functional.pad(tensor, (0, keys)) for tensor in (before.total, before.queries)))
+def with_new_keys(before: AttentionTotals, keys: int) -> AttentionTotals:
+    return AttentionTotals(*(torch.nn.functional.pad(tensor, (0, keys)) for tensor in (before.total, before.queries)))
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -95,7 +94,7 @@ def test_a_needle_is_found(name: str) -> None:
 def test_leverage_is_exact_without_a_sketch_and_near_it_with_one() -> None:
     torch.manual_seed(3)
     keys = torch.randn(1, 1, 400, 64) * torch.linspace(0.1, 3, 400)[:, None]
-    plain = Held(keys, keys, torch.arange(400)[None, None], 0.125)
+    plain = ScoreInputs(keys, keys, torch.arange(400)[None, None], 0.125)
     exact = Leverage(sketch=64, ridge=1e-9, unrotate=False).leverage(plain)[0, 0]
     centred = (keys - keys.mean(2, keepdim=True))[0, 0].double()
     basis = torch.linalg.qr(centred).Q
@@ -162,7 +161,7 @@ def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
     keys = torch.randn(1, 1, 6, 4)
     turned = ROTATION_OF_4.turn(draws[None, None], torch.arange(4, 100_004) % 50)
     at = torch.arange(4, 100_004)[None] % 50
-    held = Held(keys, keys, torch.arange(6)[None, None], 0.25, turned, at, ROTATION_OF_4)
+    held = ScoreInputs(keys, keys, torch.arange(6)[None, None], 0.25, turned, at, ROTATION_OF_4)
     found = ExpectedAttention(future=1, skip=0, value_norm=False, most=100_000)(held)[0, 0]
     coming = ROTATION_OF_4.turn(draws, torch.tensor([50]))
     mean_of_exponentials = (coming @ keys[0, 0].T * 0.25).exp().mean(0)
@@ -175,11 +174,9 @@ class Remember:
     def __init__(self) -> None:
         self.first: tuple[Tensor, Tensor, Tensor, float] | None = None
 
-    def heard(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scale: float, limit: int | None
-    ) -> Tensor:
-        self.first = self.first or (q, k, v, scale)
-        return output
+    def __call__(self, attention: LayerAttention) -> Tensor:
+        self.first = self.first or (attention.query, attention.key, attention.value, attention.scaling)
+        return attention.output
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "phi"])
@@ -190,7 +187,7 @@ def test_a_models_own_queries_can_be_turned_back(name: str) -> None:
     projection = next(m for label, m in model.named_modules() if label.endswith(("q_proj", "query_key_value")))
     projection.register_forward_hook(lambda module, inputs, output: caught.append(output.detach()))
     ids = torch.randint(1, 256, (1, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(), listening(model, remember):
+    with torch.no_grad(), attention_hook(model, remember):
         model(ids, use_cache=False)
     assert remember.first is not None
     queries, keys, values, scale = remember.first
@@ -198,6 +195,6 @@ def test_a_models_own_queries_can_be_turned_back(name: str) -> None:
     rotation, at = Rotation.of(model.config), torch.arange(length)
     assert torch.allclose(rotation.turn(queries, -at), plain, atol=1e-4)
     assert not torch.allclose(queries, plain, atol=1e-2)
-    held = Held(keys, values, at[None, None], scale, queries, at[None], rotation)
+    held = ScoreInputs(keys, values, at[None, None], scale, queries, at[None], rotation)
     for score in SCORES:
         assert make_score(score)(held).isfinite().all(), score

@@ -28,7 +28,7 @@ VARIANTS = [
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "parameters"), VARIANTS, ids=str)
 def test_score_is_its_definition(name: str, parameters: dict, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("attention", "non_causal"):  # so that a prompt takes several blocks
+    for module in ("attention_received", "chunk_attention"):  # so that a prompt takes several blocks
         monkeypatch.setattr(f"kvcompress.scores.{module}.block_size", lambda weights, device: 6)
     held, score = CASES[case](), make_score(name, **parameters)
     found, expected = score(held), Slow(held).answer(name, score)

@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.models.rotary import Rotation
-from kvcompress.sensitivity.calibration_facts import MONOTONY, REPEATED, calibration_facts
-from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.sensitivity.fact_price import FILLERS, TWICE, calibration_facts, fact_prices
 from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
-from kvcompress.sensitivity.prices import SHRINK, Sensitivity
-from kvcompress.sensitivity.selection_outputs import Choice
+from kvcompress.sensitivity.prices import SHRINK, SelectOption, Sensitivity
 from kvcompress.sensitivity.text_price import text_prices
 from kvcompress.texts.corpora import documents_of_all
 from kvcompress.texts.retrieval_tasks import FILLER, TEMPLATES, WORDS, CaseMaker
@@ -38,24 +36,23 @@ def measured(name: str, texts: dict[str, str] | None = None, params: Sensitivity
 def test_documents_add_up(name: str, kv_heads: int) -> None:
     both = measured(name)
     apart = [measured(name, {text: TEXTS[text]}) for text in TEXTS]
-    sums = apart[0] + apart[1]
     assert both.fisher.shape == (3, 2, kv_heads)  # the window of 500 does not fit 256 tokens
     assert both.windows == [4, 16, 64]
-    np.testing.assert_allclose(both.fisher, sums.fisher, rtol=1e-9)
-    np.testing.assert_allclose(both.joint, sums.joint, rtol=1e-9)
-    assert (both.tokens, both.joint_tokens) == (sums.tokens, sums.joint_tokens) == (4 * 256, 2 * 256)
-    assert both.retrieval.shape == (4, 2, kv_heads)
-    assert sums.retrieval.shape == (8, 2, kv_heads)
+    np.testing.assert_allclose(both.fisher, apart[0].fisher + apart[1].fisher, rtol=1e-9)
+    np.testing.assert_allclose(both.joint, apart[0].joint + apart[1].joint, rtol=1e-9)
+    assert (both.tokens, both.joint_tokens) == (4 * 256, 2 * 256)
+    assert sum(one.tokens for one in apart) == both.tokens
+    assert both.retrieval.shape == apart[0].retrieval.shape == (4, 2, kv_heads)
     assert both.fisher[0].min() > both.fisher[-1].min() >= 0
     assert np.abs(both.retrieval).max() > 0
 
 
-def test_every_choice_has_its_own_prices() -> None:
+def test_every_option_has_its_own_prices() -> None:
     params = PARAMS.model_copy(update={"choice_sizes": [128, 160, 200], "choice_parts": [0.5, 0.3]})
     found, model, tokenizer = measured("llama", params=params), tiny_model("llama"), tiny_tokenizer()
     scores = ("expected_attention", "key_diff", "leverage")
     assert found.choices == [
-        Choice(score, part, size) for score in scores for part in (0.5, 0.3) for size in (128, 160, 200)
+        SelectOption(score, part, size) for score in scores for part in (0.5, 0.3) for size in (128, 160, 200)
     ]
     rotation, shape = Rotation.of(model.config), (2, 2)
     batch = [tokens for each in documents_of_all(tokenizer, TEXTS, 256, 2).values() for tokens in each]
@@ -63,20 +60,18 @@ def test_every_choice_has_its_own_prices() -> None:
     for i in (0, 4, 11, 17):
         text = [text_prices(model, tokens, [16], 2, shape, 0, [found.choices[i]], rotation)[1] for tokens in batch]
         np.testing.assert_allclose(found.chosen[i], sum(text), rtol=1e-6)
-        facts = [
-            retrieval_prices(model, *one, 16, 2, shape, 2, [found.choices[i]], rotation)[:, 1] for one in questions
-        ]
+        facts = [fact_prices(model, *one, 16, 2, shape, 2, [found.choices[i]], rotation)[:, 1] for one in questions]
         np.testing.assert_allclose(found.lost[:, i], np.concatenate(facts), rtol=1e-5, atol=1e-7)
 
 
-def test_prices_of_choices_have_the_rate_of_their_layer_and_are_shrunk() -> None:
+def test_prices_of_options_have_the_rate_of_their_layer_and_are_shrunk() -> None:
     fisher = np.array([[[10.0, 30], [20, 20]], [[0, 10], [10, 10]]])
     joint = np.array([[[5.0, 5], [10, 40]]])
     windows = made(fisher, joint)
-    kinds = [Choice("key_diff", 0.5, 4), Choice("key_diff", 0.5, 16), Choice("key_norm", 0.5, 4)]
+    kinds = [SelectOption("key_diff", 0.5, 4), SelectOption("key_diff", 0.5, 16), SelectOption("key_norm", 0.5, 4)]
     both = replace(windows, choices=kinds, chosen=np.concatenate([fisher, 2 * fisher[:1]]))
-    np.testing.assert_allclose(both.choice_prices()[:2], windows.prices())
-    np.testing.assert_allclose(both.choice_prices()[2], 2 * windows.prices()[0])
+    np.testing.assert_allclose(both.option_prices()[:2], windows.prices())
+    np.testing.assert_allclose(both.option_prices()[2], 2 * windows.prices()[0])
 
 
 def test_the_same_texts_give_the_same_prices() -> None:
@@ -135,7 +130,7 @@ def test_a_file_comes_back_whole_and_a_damaged_one_is_refused(tmp_path: Path) ->
     with pytest.raises(InputError, match="joint has the shape"):
         Sensitivity.load(path)
     write_tensors(path, {"fisher": tensors["fisher"]}, header)
-    with pytest.raises(InputError, match="does not hold the sensitivity"):
+    with pytest.raises(InputError, match="does not hold the prices"):
         Sensitivity.load(path)
 
 
@@ -148,8 +143,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measured("llama", {"short": "Too short."})
     with pytest.raises(UnsupportedModelError, match="softcap"):
         measure_sensitivity(tiny_model("gemma2", "eager"), tiny_tokenizer(), TEXTS, PARAMS, progress=False)
-    with pytest.raises(InputError, match="cannot be added"):
-        measured("llama") + measured("gpt_neox")
 
 
 def test_a_model_comes_back_as_it_was() -> None:
@@ -170,18 +163,18 @@ def subject(question: str) -> str:
     return next((" ".join(words[i : i + 2]) for i in range(len(words)) if words[i] in WORDS), "")
 
 
-def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
+def test_facts_are_asked_for_in_prose_and_in_repetitive_text() -> None:
     tokenizer, params = tiny_tokenizer(), PARAMS.model_copy(update={"fact_contexts": 12, "facts_per_context": 1})
     found = calibration_facts(tokenizer, TEXTS, 900, params)
 
     assert len(found) == 12
     wordings: set[str] = set()
     fillers: set[str] = set()
-    every = [question for _, question in (*REPEATED, *TEMPLATES["calibration"])]
+    every = [question for _, question in (*TWICE, *TEMPLATES["calibration"])]
     for i, (context, asked) in enumerate(found):
         text = read(tokenizer, context)
-        fillers |= {filler for filler in MONOTONY if filler[:20] in text}
-        assert any(filler[:20] in text for filler in MONOTONY) == bool(i % 2)
+        fillers |= {filler for filler in FILLERS if filler[:20] in text}
+        assert any(filler[:20] in text for filler in FILLERS) == bool(i % 2)
         assert len(context) == 900
         for question, answer in asked:
             value = read(tokenizer, answer).strip()
@@ -189,24 +182,24 @@ def test_facts_are_asked_for_in_prose_and_in_monotony() -> None:
             assert text.index(value) < len(text) - PARAMS.far  # a fact that is not far would carry nothing
             said = read(tokenizer, question).strip()
             wordings |= {one for one in every if said == one.format(who=subject(said))}
-    assert fillers == set(MONOTONY)
+    assert fillers == set(FILLERS)
     assert wordings == set(every)
 
 
-def test_what_calibrates_is_not_said_in_the_sentences_that_judge() -> None:
+def test_sentences_that_calibrate_are_not_those_that_evaluate() -> None:
     maker = CaseMaker(tiny_tokenizer(), 0)
     cases = [maker.passkey(400, 0.5), maker.lookup(400, 0.5)]
-    judging = " ".join(read(maker.tokenizer, case.context + case.question) for case in cases)
-    judging += " ".join(part for pair in TEMPLATES["evaluation"] for part in pair)
-    assert "The pass key is" in judging
+    evaluating = " ".join(read(maker.tokenizer, case.context + case.question) for case in cases)
+    evaluating += " ".join(part for pair in TEMPLATES["evaluation"] for part in pair)
+    assert "The pass key is" in evaluating
     calibrating = CaseMaker(tiny_tokenizer(), 0, "calibration")
     for case in (calibrating.passkey(400, 0.5), calibrating.lookup(400, 0.5)):
         for line in re.split(r"(?<=[.?])\s|\n", read(maker.tokenizer, case.context + case.question)):
-            assert not line.strip() or line.strip() not in judging, line
-    for said in (*REPEATED, *TEMPLATES["calibration"]):
+            assert not line.strip() or line.strip() not in evaluating, line
+    for said in (*TWICE, *TEMPLATES["calibration"]):
         for sentence in re.split(r"(?<=[.?:]) ", " ".join(said)):
             pattern = re.sub(r"\\{(who|value)\\}", r"[\\w{} ]+", re.escape(sentence.strip(" .?:")))
             if len(sentence.split()) > 2:
-                assert not re.search(pattern, judging), sentence
-    for sentence in "".join(MONOTONY).rstrip(" .").split(". "):
+                assert not re.search(pattern, evaluating), sentence
+    for sentence in "".join(FILLERS).rstrip(" .").split(". "):
         assert sentence not in FILLER

@@ -1,4 +1,4 @@
-"""Prices of heads against slow, obvious twins: masked softmax, one gradient at a time, finite differences."""
+"""Prices of heads against slow references: masked softmax, one gradient at a time, finite differences."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from transformers import PreTrainedModel
 
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.retention import FULL, Retention
-from kvcompress.sensitivity.attention_hook import listening
-from kvcompress.sensitivity.fact_price import retrieval_prices
-from kvcompress.sensitivity.joint_price import Halfway, joint_prices
+from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
+from kvcompress.sensitivity.fact_price import fact_prices
+from kvcompress.sensitivity.joint_price import HalfwayHook, joint_prices
+from kvcompress.sensitivity.selection_outputs import output_changes
 from kvcompress.sensitivity.text_price import text_prices
-from kvcompress.sensitivity.window_outputs import window_changes
 from tests.reference.oracle import judged
 from tests.tiny import tiny_model
 
@@ -27,7 +27,7 @@ def tokens(count: int = 60) -> Tensor:
 def test_changes_are_those_of_a_masked_softmax(limit: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 5)
-    changes, full = window_changes(query, key, value, WINDOWS, SINKS, 0.3, limit)
+    changes, full = output_changes(query, key, value, WINDOWS, SINKS, 0.3, limit)
     position, place = torch.arange(30, 50)[:, None], torch.arange(50)
     scores = torch.einsum("hgqd,hkd->hgqk", query, key) * 0.3
     seen = (place <= position) if limit is None else (place <= position) & (place > position - limit)
@@ -46,9 +46,8 @@ class Remember:
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
 
-    def heard(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scale: float, limit: int | None
-    ) -> Tensor:
+    def __call__(self, attention: LayerAttention) -> Tensor:
+        output = attention.output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         self.outputs.append(output)
@@ -61,7 +60,7 @@ def test_text_price_is_half_the_squared_gradient_along_the_change(name: str) -> 
     layers, kv_heads = SHAPES[name]
     found = text_prices(model, ids, WINDOWS, SINKS, (layers, kv_heads), seed=5)
     remember = Remember()
-    with listening(model, remember):
+    with attention_hook(model, remember):
         logits = model(ids[None], use_cache=False).logits[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
@@ -109,12 +108,12 @@ def test_joint_price_is_the_slope_of_the_divergence_halfway(name: str) -> None:
     found = joint_prices(model, ids, 8, SINKS, shape)
 
     def divergence(shift: float) -> float:
-        halfway = Halfway(8, SINKS, *shape)
+        halfway = HalfwayHook(8, SINKS, *shape)
         halfway.gates = torch.full(shape, 0.5)
         halfway.gates[1, 0] += shift
         with torch.no_grad():
             full = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
-            with listening(model, halfway):
+            with attention_hook(model, halfway):
                 moved = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
         return float(torch.nn.functional.kl_div(moved, full, reduction="sum", log_target=True))
 
@@ -123,10 +122,10 @@ def test_joint_price_is_the_slope_of_the_divergence_halfway(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama"])
-def test_retrieval_prices_add_up_to_the_change_of_the_answers_loss(name: str) -> None:
+def test_fact_prices_add_up_to_the_change_of_the_answers_loss(name: str) -> None:
     model, shape = tiny_model(name), SHAPES[name]
     context, question, answer = tokens(50).tolist(), [7, 9, 11], [20, 30]
-    found = retrieval_prices(model, context, [(question, answer)] * 2, 8, SINKS, shape, nodes=12)
+    found = fact_prices(model, context, [(question, answer)] * 2, 8, SINKS, shape, nodes=12)
     assert torch.allclose(found[0], found[1], atol=1e-5)  # one question leaves nothing behind for the next
     kept, prompt = [[Retention(SINKS, 8)] * shape[1]] * shape[0], len(context)
     ids = torch.tensor([context + question + answer])
@@ -142,10 +141,10 @@ def test_retrieval_prices_add_up_to_the_change_of_the_answers_loss(name: str) ->
     assert float(found[0].sum()) == pytest.approx(windowed - full, rel=0.02, abs=2e-3)
 
 
-def test_listening_puts_everything_back_and_refuses_what_it_cannot_price() -> None:
+def test_the_hook_restores_everything_and_refuses_what_it_cannot_price() -> None:
     model = tiny_model("llama")
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError), listening(model, Remember()):
+    with pytest.raises(RuntimeError), attention_hook(model, Remember()):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         raise RuntimeError
     assert model.config._attn_implementation == before

@@ -5,22 +5,28 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.sensitivity.fact_price as retrieval_price
+import kvcompress.sensitivity.fact_price as fact_price
 from kvcompress.cache.dispatch import attached
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
-from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.scores.selection_rule import SelectionRule
+from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
+from kvcompress.sensitivity.fact_price import fact_prices
 from kvcompress.sensitivity.params import SensitivityParams
-from kvcompress.sensitivity.selection_outputs import STEP, Choice, Chosen, chosen_at, priced_choices
-from kvcompress.sensitivity.slot_outputs import slot_changes
-from kvcompress.sensitivity.text_price import part, text_prices
-from kvcompress.sensitivity.window_outputs import window_changes
+from kvcompress.sensitivity.prices import SelectOption
+from kvcompress.sensitivity.selection_outputs import (
+    STEP,
+    SelectedKeys,
+    output_changes,
+    select_options,
+    selected_keys,
+)
+from kvcompress.sensitivity.text_price import text_prices
 from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model
 
 SINKS, LENGTH = 2, 300
-CHOICES = [Choice("key_norm", 0.5, 128), Choice("key_diff", 0.25, 100), Choice("key_norm", 0.7, 250)]
+OPTIONS = [SelectOption("key_norm", 0.5, 128), SelectOption("key_diff", 0.25, 100), SelectOption("key_norm", 0.7, 250)]
 
 
 def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,33 +43,33 @@ def slow_rank(score: str, keys: torch.Tensor) -> list[float]:
     return [-float((key @ anchor) / (key.norm() * anchor.norm())) for key in keys]
 
 
-def slow_kept(choice: Choice, keys: torch.Tensor, query: int) -> set[int]:
+def slow_kept(option: SelectOption, keys: torch.Tensor, query: int) -> set[int]:
     """The keys that the query sees: sinks, the last of the window, and what was chosen at the last whole STEP."""
-    kept = set(range(SINKS)) | set(range(query - choice.window + 1, query + 1))
+    kept = set(range(SINKS)) | set(range(query - option.window + 1, query + 1))
     seen = query // STEP * STEP
     if seen:
-        ranked = slow_rank(choice.score, keys[:seen])
-        candidates = range(SINKS, min(seen, seen - choice.window + STEP))
-        kept |= set(sorted(candidates, key=lambda key: -ranked[key])[: choice.chosen])
+        ranked = slow_rank(option.score, keys[:seen])
+        candidates = range(SINKS, min(seen, seen - option.window + STEP))
+        kept |= set(sorted(candidates, key=lambda key: -ranked[key])[: option.selected])
     return {key for key in kept if 0 <= key <= query}
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, LENGTH), (0, 64), (128, 192), (192, LENGTH), (64, 256)])
 def test_changes_are_those_of_a_mask(start: int, stop: int) -> None:
     query, key, value = tensors()
-    chosen = chosen_at(range(0, LENGTH, STEP), CHOICES, query, key, value, SINKS, 0.3, None)
+    chosen = selected_keys(range(0, LENGTH, STEP), OPTIONS, query, key, value, SINKS, 0.3, None)
     grouped = query.unflatten(0, (2, 2))
-    found, full = slot_changes(
-        grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], CHOICES,
-        [part(of, start, stop) for of in chosen], STEP, SINKS, 0.3,
+    found, full = output_changes(
+        grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3, None, OPTIONS,
+        [of.serving(start, stop) for of in chosen],
     )  # fmt: skip
-    windows, same = window_changes(grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3)
+    windows, same = output_changes(grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3)
     torch.testing.assert_close(found[:2], windows)
     torch.testing.assert_close(full, same)
-    for i, choice in enumerate(CHOICES):
+    for i, option in enumerate(OPTIONS):
         for head in range(2):
             for at in range(start, stop, 7):
-                kept = sorted(slow_kept(choice, key[head], at))
+                kept = sorted(slow_kept(option, key[head], at))
                 weights = (grouped[head, :, at] @ key[head, kept].T * 0.3).softmax(-1)
                 expected = weights @ value[head, kept] - full[head, :, at - start]
                 torch.testing.assert_close(found[2 + i, head, :, at - start], expected, rtol=1e-4, atol=1e-5)
@@ -72,10 +78,10 @@ def test_changes_are_those_of_a_mask(start: int, stop: int) -> None:
 @pytest.mark.parametrize("score", ["expected_attention", "leverage", "key_diff", "snapkv"])
 def test_a_choice_knows_nothing_of_what_comes_after_it(score: str) -> None:
     text, rotation = tensors(), Rotation(8, 1000.0)
-    choice = Choice(score, 0.3, 100)
-    (whole,) = chosen_at([0, 128, 192], [choice], *text, SINKS, 0.3, rotation)
-    (cut,) = chosen_at([128], [choice], *(tensor[:, :128] for tensor in text), SINKS, 0.3, rotation)
-    assert not whole.there[:, 0].any()
+    option = SelectOption(score, 0.3, 100)
+    (whole,) = selected_keys([0, 128, 192], [option], *text, SINKS, 0.3, rotation)
+    (cut,) = selected_keys([128], [option], *(tensor[:, :128] for tensor in text), SINKS, 0.3, rotation)
+    assert not whole.valid[:, 0].any()
     assert whole.slots[:, 1].tolist() == cut.slots[:, 0].tolist()
     assert whole.slots[:, 1].tolist() != whole.slots[:, 2].tolist()
 
@@ -85,47 +91,51 @@ def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: flo
     """Leverage is a comparison with all others: there keys of the window, which the cache leaves out, change a few."""
     model = tiny_model("llama")
     ids = torch.randint(5, 200, (1, LENGTH), generator=torch.Generator().manual_seed(2))
-    choice = Choice(score, 0.4, 160)
+    option = SelectOption(score, 0.4, 160)
     compressor = HeadAwareCompressor.from_model_config(
-        model.config, "select", sink_size=SINKS, window_size=choice.window, select_size=choice.chosen, score=score,
-        choosing=Choosing(every=STEP),
+        model.config, "select", sink_size=SINKS, window_size=option.window, select_size=option.selected, score=score,
+        choosing=SelectionRule(every=STEP),
     )  # fmt: skip
     with torch.no_grad(), attached(model):
         cache = compressor.new_cache(model.config, "exact")
         with recorded_choices(cache) as record:
             model(ids, past_key_values=cache)
-    heard = Heard()
-    with torch.no_grad(), retrieval_price.listening(model, heard):
+    recorder = Recorder()
+    with torch.no_grad(), attention_hook(model, recorder):
         model(ids)
     for layer, made in enumerate(record):
-        found = chosen_at([LENGTH], [choice], *heard.text[layer], SINKS, heard.scaling, Rotation.of(model.config))
-        assert found[0].there.all()
+        found = selected_keys(
+            [LENGTH], [option], *recorder.text[layer], SINKS, recorder.scaling, Rotation.of(model.config)
+        )
+        assert found[0].valid.all()
         for mine, its in zip(found[0].slots[:, 0].tolist(), made[0].chosen[0].tolist(), strict=True):
-            assert len(set(mine) & set(its)) >= same * choice.chosen
-            assert len(set(mine)) == choice.chosen
+            assert len(set(mine) & set(its)) >= same * option.selected
+            assert len(set(mine)) == option.selected
 
 
-class Heard:
-    """A listener that keeps what it hears."""
+class Recorder:
+    """Attention hook that keeps queries, keys and values."""
 
     def __init__(self) -> None:
         self.text: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def heard(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
-        scaling: float, limit: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        self.text[layer], self.scaling = (query[0], key[0], value[0]), scaling
-        return output
+    def __call__(self, attention: LayerAttention) -> torch.Tensor:
+        self.text[attention.layer] = attention.query[0], attention.key[0], attention.value[0]
+        self.scaling = attention.scaling
+        return attention.output
 
 
 def test_text_prices_of_windows_are_what_they_are_alone_and_of_all_keys_nothing() -> None:
     model = tiny_model("llama")
     ids = torch.randint(5, 200, (LENGTH,), generator=torch.Generator().manual_seed(1))
     shape = (2, 2)
-    choices = [Choice("key_diff", 0.5, 128), Choice("key_diff", 0.5, 256), Choice("key_norm", 0.75, 2 * LENGTH)]
+    options = [
+        SelectOption("key_diff", 0.5, 128),
+        SelectOption("key_diff", 0.5, 256),
+        SelectOption("key_norm", 0.75, 2 * LENGTH),
+    ]
     alone = text_prices(model, ids, [16, 64], SINKS, shape, 0)
-    found = text_prices(model, ids, [16, 64], SINKS, shape, 0, choices, None)
+    found = text_prices(model, ids, [16, 64], SINKS, shape, 0, options, None)
     torch.testing.assert_close(found[:2], alone)
     assert (found[2] > found[3]).all()
     assert found[3].min() > 0
@@ -138,19 +148,19 @@ def test_nothing_chosen_loses_all_that_a_head_carries(monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(4)
     context = torch.randint(5, 200, (200,), generator=generator).tolist()
     asked = [(torch.randint(5, 200, (6,), generator=generator).tolist(), [7, 8]), ([9, 10, 11], [12])]
-    choices = [Choice("key_diff", 0.5, 64), Choice("key_norm", 0.8, 320)]
-    found = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3, choices)
+    options = [SelectOption("key_diff", 0.5, 64), SelectOption("key_norm", 0.8, 320)]
+    found = fact_prices(model, context, asked, 32, SINKS, (2, 2), 3, options)
     assert found.shape == (2, 3, 2, 2)
-    alone = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3)
+    alone = fact_prices(model, context, asked, 32, SINKS, (2, 2), 3)
     torch.testing.assert_close(found[:, :1], alone)
     assert found[:, 2].abs().max() < 1e-6  # all of the context
     assert (found[:, 1] - found[:, 0]).abs().max() > 0.01
 
-    def none(*arguments: Any) -> list[Chosen]:
-        return [Chosen(of.slots, torch.zeros_like(of.there)) for of in chosen_at(*arguments)]
+    def none(*arguments: Any) -> list[SelectedKeys]:
+        return [SelectedKeys(of.slots, torch.zeros_like(of.valid)) for of in selected_keys(*arguments)]
 
-    monkeypatch.setattr(retrieval_price, "chosen_at", none)
-    nothing = retrieval_prices(model, context, asked, 32, SINKS, (2, 2), 3, choices)
+    monkeypatch.setattr(fact_price, "selected_keys", none)
+    nothing = fact_prices(model, context, asked, 32, SINKS, (2, 2), 3, options)
     torch.testing.assert_close(nothing[:, 1], nothing[:, 0], rtol=1e-4, atol=1e-6)
 
 
@@ -159,11 +169,11 @@ def test_what_does_not_fit_is_not_priced() -> None:
     params = SensitivityParams(
         choice_scores=["key_diff", "leverage"], choice_parts=[0.5, 0.8], choice_sizes=[128, 256, 512]
     )
-    found, rotation = priced_choices(config, params, 400)
+    found, rotation = select_options(config, params, 400)
     assert rotation is not None
-    assert found == [Choice(score, 0.5, size) for score in ("key_diff", "leverage") for size in (128, 256)]
+    assert found == [SelectOption(score, 0.5, size) for score in ("key_diff", "leverage") for size in (128, 256)]
     config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
-    found, rotation = priced_choices(config, params, 400)
+    found, rotation = select_options(config, params, 400)
     assert rotation is None
-    assert {choice.score for choice in found} == {"key_diff"}
-    assert priced_choices(tiny_model("mistral").config, params, 400)[0] == []
+    assert {option.score for option in found} == {"key_diff"}
+    assert select_options(tiny_model("mistral").config, params, 400)[0] == []

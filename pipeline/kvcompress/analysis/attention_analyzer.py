@@ -28,7 +28,7 @@ from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo, save_classifications
 from kvcompress.core.head_statistics import HeadStatistics, save_statistics
 from kvcompress.core.params import override
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.texts.corpora import leading_tokens
 
 __all__ = [
@@ -79,7 +79,7 @@ class AttentionAnalyzer:
         Raises `InputError` where the text is empty or no longer than sinks and local window together, or where
         `max_tokens` exceeds the model's context; `UnsupportedModelError` where attention cannot be observed.
         """
-        shape = model_shape(self.model.config)
+        shape = Architecture.of_config(self.model.config)
         if not 2 <= max_tokens <= shape.max_context:
             raise InputError(f"max_tokens is {max_tokens}, expected 2 ... {shape.max_context} (the model's context)")
         ids = leading_tokens(self.tokenizer)

@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.params import ThresholdParams
 from kvcompress.core.artifacts import atomic_path
-from kvcompress.core.class_style import LABELS, STYLE
-from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
+from kvcompress.core.head_classes import CLASS_LABELS, CLASS_STYLE, HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
 
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}
@@ -29,13 +28,15 @@ Classes = Sequence[HeadClassification]
 def head_table(statistics: Heads, classes: Classes) -> pd.DataFrame:
     """One row a head: its class and its entropy, as seaborn wants them."""
     pairs = zip(statistics, classes, strict=True)
-    return pd.DataFrame([{"class": LABELS[found.head_type], "entropy": head.mean_entropy} for head, found in pairs])
+    return pd.DataFrame(
+        [{"class": CLASS_LABELS[found.head_type], "entropy": head.mean_entropy} for head, found in pairs]
+    )
 
 
 def present(classes: Classes) -> list[HeadType]:
     """The classes that occur, in the order of the legends."""
     found = {head.head_type for head in classes}
-    return [kind for kind in STYLE if kind in found]
+    return [kind for kind in CLASS_STYLE if kind in found]
 
 
 def titled(info: ModelInfo, width: float, height: float, rows: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
@@ -107,10 +108,10 @@ def sink_ratio_analysis(info: ModelInfo, statistics: Heads, classes: Classes, bo
     figure, (by_layer, counts) = titled(info, 8, 6.5, 2, f"Attention on the first {info.sink_size} tokens")
     for kind in present(classes):
         points = [s for s, c in zip(statistics, classes, strict=True) if c.head_type is kind]
-        colour, marker = STYLE[kind]
+        colour, marker = CLASS_STYLE[kind]
         x = [head.layer_idx + 0.5 * (head.head_idx / max(info.num_heads - 1, 1) - 0.5) for head in points]
         by_layer.plot(
-            x, [head.sink_ratio for head in points], marker, color=colour, ms=4, alpha=0.8, label=LABELS[kind]
+            x, [head.sink_ratio for head in points], marker, color=colour, ms=4, alpha=0.8, label=CLASS_LABELS[kind]
         )
     means = np.nanmean(layer_by_head(info, statistics, lambda head: head.sink_ratio), axis=0)
     by_layer.plot(means, "-", color="0.35", lw=1.2, label="layer mean", zorder=0)
@@ -120,7 +121,10 @@ def sink_ratio_analysis(info: ModelInfo, statistics: Heads, classes: Classes, bo
         [s.sink_ratio for s, c in zip(statistics, classes, strict=True) if c.head_type is k] for k in present(classes)
     ]
     counts.hist(
-        groups, bins=list(np.linspace(0, 1, 41)), stacked=True, color=[STYLE[kind][0] for kind in present(classes)]
+        groups,
+        bins=list(np.linspace(0, 1, 41)),
+        stacked=True,
+        color=[CLASS_STYLE[kind][0] for kind in present(classes)],
     )
     counts.axvline(bounds.sink, ls="--", lw=1, color="0.5")
     counts.annotate(
@@ -150,9 +154,9 @@ def relative_position_by_type(info: ModelInfo, statistics: Heads, classes: Class
         near_count = len(statistics[0].relative_position_dist)
         places = [*range(near_count), *((edges[i] * edges[i + 1]) ** 0.5 for i in range(len(middle) - near_count))]
         x = 1 + np.array(places)
-        colour, marker = STYLE[kind]
+        colour, marker = CLASS_STYLE[kind]
         every = [*range(0, 8), 11, 15, 23, 31, 47, 63, *range(64, len(x))]
-        label = f"{LABELS[kind]} ({len(profiles)})"
+        label = f"{CLASS_LABELS[kind]} ({len(profiles)})"
         axis.plot(x, middle, color=colour, marker=marker, markevery=every, ms=4, lw=1.4, label=label)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axis.set(xscale="log", yscale="log", xlabel="distance + 1 (tokens; 1 is the query's own key)")
@@ -167,9 +171,9 @@ def sink_vs_local_scatter(info: ModelInfo, statistics: Heads, classes: Classes, 
     figure, (axis,) = titled(info, 6.5, 5.6, title="Sinks against local window")
     for kind in present(classes):
         points = [s for s, c in zip(statistics, classes, strict=True) if c.head_type is kind]
-        colour, marker = STYLE[kind]
+        colour, marker = CLASS_STYLE[kind]
         x, y = [head.sink_ratio for head in points], [head.local_ratio for head in points]
-        label = f"{LABELS[kind]} ({len(points)})"
+        label = f"{CLASS_LABELS[kind]} ({len(points)})"
         axis.scatter(x, y, s=24, c=colour, marker=marker, alpha=0.75, lw=0.3, edgecolors="white", label=label)
     axis.axvline(bounds.sink, ls="--", lw=1, color="0.5")
     axis.axhline(bounds.local, ls="--", lw=1, color="0.5")
@@ -186,8 +190,8 @@ def entropy_by_type(info: ModelInfo, statistics: Heads, classes: Classes, bounds
     kinds = present(classes)
     figure, (axis,) = titled(info, 7.5, 1.6 + 0.6 * len(kinds), title="Entropy by class")
     table = head_table(statistics, classes)
-    order = [LABELS[kind] for kind in kinds]
-    palette = {LABELS[kind]: STYLE[kind][0] for kind in kinds}
+    order = [CLASS_LABELS[kind] for kind in kinds]
+    palette = {CLASS_LABELS[kind]: CLASS_STYLE[kind][0] for kind in kinds}
     common = {"data": table, "x": "entropy", "y": "class", "hue": "class", "order": order, "ax": axis, "legend": False}
     sns.boxplot(**common, palette=palette, showfliers=False, width=0.6, boxprops={"alpha": 0.35}, linewidth=1)
     np.random.seed(0)  # seaborn's jitter draws from the global generator

@@ -7,7 +7,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 
 
 def convert(source: Cache, into: RaggedCache, mask: Tensor | None = None) -> RaggedCache:
-    """Copy into an empty cache what its layers keep of a plain `DynamicCache` (see `ModelShape.of_cache`).
+    """Copy into an empty cache what its layers keep of a plain `DynamicCache` (see `Architecture.of_cache`).
 
     `mask` is the 2-D attention mask over the tokens seen, needed where the batch is left-padded. The source is left as
     it was; its memory is free once its last owner lets go of it.

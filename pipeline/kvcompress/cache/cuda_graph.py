@@ -27,7 +27,7 @@ from transformers.cache_utils import StaticCache
 from kvcompress.cache.cuda_graph_state import Standing, StandingCache, StandingDense
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
-from kvcompress.models.head_shards import part_of
+from kvcompress.models.tensor_parallel import shard_of
 
 
 def can_record(device: torch.device) -> bool:
@@ -53,7 +53,7 @@ class GraphedDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, cache: RaggedCache | StaticCache, max_new_tokens: int) -> None:
-        if part_of(model.config).count > 1:
+        if shard_of(model.config).count > 1:
             raise UnsupportedModelError(
                 "a step of a model split among processes cannot be captured: they wait for each other"
             )

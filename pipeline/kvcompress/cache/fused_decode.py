@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.attend import Reading, sees_all
 from kvcompress.cache.head_group import Group
-from kvcompress.ops.ragged_decode import Part, Scratch, can_decode, decode, table_of
+from kvcompress.ops.ragged_decode import GroupSlots, Scratch, can_decode, decode, table_of
 
 FUSED = True
 
@@ -61,7 +61,7 @@ class Heads:
         places = [(tensor.data_ptr(), tensor.shape) for group in groups for tensor in group.block.tensors]
         stood = self._table is not None and places == self._places
         if self._table is None or not stood:
-            parts = [Part(g.heads, *g.block.read(g.block.slots), g.capacity, g.kept.sinks) for g in groups]
+            parts = [GroupSlots(g.heads, *g.block.read(g.block.slots), g.capacity, g.kept.sinks) for g in groups]
             self._table, self._places = table_of(parts, self.heads), list(places)
         return self._table, stood
 

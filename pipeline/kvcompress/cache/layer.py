@@ -24,9 +24,9 @@ from kvcompress.cache.select.side_stream import Beside
 from kvcompress.cache.select.types import Evidence
 from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
-from kvcompress.models.head_shards import WHOLE, Part
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.models.tensor_parallel import WHOLE, HeadShard
+from kvcompress.scores.selection_rule import SelectionRule
 
 Prefill = Literal["exact", "streaming"]
 
@@ -46,8 +46,8 @@ class Shared:
     padding: Padding = field(default_factory=Padding)
     meter: Meter = field(default_factory=Meter)
     fused: Fused = field(default_factory=Fused)
-    choosing: Choosing = field(default_factory=Choosing)
-    part: Part = WHOLE
+    choosing: SelectionRule = field(default_factory=SelectionRule)
+    shard: HeadShard = WHOLE
     beside: Beside = field(default_factory=Beside)
 
     def __post_init__(self) -> None:

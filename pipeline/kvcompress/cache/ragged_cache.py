@@ -18,7 +18,7 @@ class RaggedCache(Cache):
     Reports tokens *seen* as its sequence length. Readable only by a model inside `attached`; any other model gets a
     `CacheUseError`. For inference: gradients do not flow through what is held.
 
-    Of a model split among processes (`kvcompress.models.head_shards`) each one's cache has that process's heads alone: bytes, `held`
+    Of a model split among processes (`kvcompress.models.tensor_parallel`) each one's cache has that process's heads alone: bytes, `held`
     and `positions` are theirs, and KV head 0 is the first of them.
     """
 
@@ -72,9 +72,9 @@ class RaggedCache(Cache):
         share = f"{sum(map(sum, held)) / (len(held) * heads * self.seen):.1%}" if self.seen else "nothing"
         low, high = min(map(min, held)), max(map(max, held))
         spread = f"{low}" if low == high else f"{low} to {high}"
-        part = self.shared.part
+        shard = self.shared.shard
         beside = f" {self.evidence_nbytes / 1e6:,.1f} MB to choose by," if self.evidence_nbytes else ""
-        which = f" of part {part.index + 1} of {part.count}" if part.count > 1 else ""
+        which = f" of part {shard.index + 1} of {shard.count}" if shard.count > 1 else ""
         return (
             f"RaggedCache({len(held)} layers × {heads} KV heads{which}, {self.shared.prefill} prefill:"
             f" {self.seen} tokens seen, {spread} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # slow imports; help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcompress.core.plan import RetentionPlan
-    from kvcompress.models.load import ModelRecord
+    from kvcompress.models.sources import ModelRecord
 
 Model = Annotated[str, typer.Argument(help="A model folder (safetensors), or a name on the Hugging Face hub.")]
 Texts = Annotated[
@@ -60,7 +60,8 @@ def open_model(params: ModelParams) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     Raises `InputError` where torchrun started several processes and there is none: each would do, and write, all of it.
     """
     from kvcompress.models import distributed
-    from kvcompress.models.load import load_folder, locate_model
+    from kvcompress.models.load import load_folder
+    from kvcompress.models.sources import locate_model
 
     if params.tp_plan:
         distributed.join()
@@ -102,10 +103,10 @@ def warn_of(plan: "RetentionPlan", name: str | Path, record: "ModelRecord", toke
 
 def share_of(plan: "RetentionPlan", tokens: int) -> float:
     """What a plan holds of `tokens` tokens as a share of the full cache, queries to choose by counted."""
-    from kvcompress.scores.selection_rule import evidence_slots  # which loads torch
+    from kvcompress.scores.selection_rule import kept_query_slots  # which loads torch
 
     held = plan.held(tokens)
-    return plan.share(tokens) * (held + evidence_slots(plan)) / held
+    return plan.share(tokens) * (held + kept_query_slots(plan)) / held
 
 
 def print_json(value: Any) -> None:

@@ -73,8 +73,8 @@ def generate(
     from kvcompress.core.plan import RetentionPlan
     from kvcompress.methods import HeadAwareCompressor
     from kvcompress.models import distributed
-    from kvcompress.models.head_shards import over_parts, part_of
     from kvcompress.models.load import input_device
+    from kvcompress.models.tensor_parallel import sum_over_shards
 
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
@@ -112,7 +112,7 @@ def generate(
         ids = loaded.generate(
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
-    held = over_parts(torch.tensor([cache.nbytes, cache.peak_nbytes]), part_of(loaded.config)).tolist()
+    held = sum_over_shards(torch.tensor([cache.nbytes, cache.peak_nbytes]), loaded.config).tolist()
     if not distributed.leave():
         return
     new = ids[0, length:]

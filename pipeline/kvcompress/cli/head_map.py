@@ -6,8 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from kvcompress.core.class_style import LETTERS
-from kvcompress.core.head_classes import ClassificationFile, HeadType
+from kvcompress.core.head_classes import CLASS_LETTERS, ClassificationFile, HeadType
 from kvcompress.core.plan import RetentionPlan
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, as bright as a dark terminal needs
@@ -30,13 +29,13 @@ def class_map(file: ClassificationFile, console: Console | None = None) -> None:
     for i, layer in enumerate(file.layers):
         row = Text(f"{i:>5}  ")
         for head in layer:
-            row.append(f"{LETTERS[head.head_type]} ", style=COLOURS[head.head_type])
+            row.append(f"{CLASS_LETTERS[head.head_type]} ", style=COLOURS[head.head_type])
         out.print(row)
     used = [kind for kind in COLOURS if any(head.head_type is kind for head in file.classifications)]
     legend = Text("\n")
     for kind in used:
         count = sum(head.head_type is kind for head in file.classifications)
-        legend.append(f"{LETTERS[kind]} {kind.value} {count}   ", style=COLOURS[kind])
+        legend.append(f"{CLASS_LETTERS[kind]} {kind.value} {count}   ", style=COLOURS[kind])
     out.print(legend)
 
 

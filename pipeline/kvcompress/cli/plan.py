@@ -64,11 +64,11 @@ def unpriced(model: "PreTrainedModel") -> "Sensitivity":
     """What a plan by no prices has to know: the model's heads."""
     import numpy as np
 
-    from kvcompress.models.load import model_shape
+    from kvcompress.models.architecture import Architecture
     from kvcompress.sensitivity.params import SensitivityParams
     from kvcompress.sensitivity.prices import Sensitivity
 
-    shape = model_shape(model.config)
+    shape = Architecture.of_config(model.config)
     nothing = np.zeros((0, shape.num_layers, shape.num_key_value_heads))
     origin = {"num_attention_heads": shape.num_attention_heads}
     return Sensitivity([], SensitivityParams().sinks, 0, 0, 0, nothing, nothing, nothing, origin, [], nothing, nothing)

@@ -1,4 +1,4 @@
-"""Run a model over documents and collect the sums of its attention."""
+"""Runs a model over documents and collects the sums of its attention."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcompress.collect.induction import add_induction
+from kvcompress.collect.induction import induction_scores
 from kvcompress.collect.observer import AttentionObserver, observing, require_observable
 from kvcompress.collect.params import CollectParams
 from kvcompress.collect.standard_errors import precise_enough
 from kvcompress.collect.sums import HEAD_SUMS, AttentionSums
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import of_all_heads, part_of
 from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import gather_heads, shard_of
 
 
 def collect_attention(
@@ -26,53 +26,58 @@ def collect_attention(
     progress: bool = True,
     stopping: CollectParams | None = None,
 ) -> AttentionSums:
-    """Attention sums of `documents` (each a 1-D tensor of token ids), summed over documents, and one induction probe.
-
-    Where several processes were started (`kvcompress.models.distributed`), each reads its share and gets the sums of all; where they
-    hold one model, each reads all, with its own heads, and gets the sums of all heads.
-
-    With `stopping` that bounds a standard error, no more documents are read than it takes (`precision.precise_enough`,
-    asked after every `stopping.stop_every` documents, so that any number of processes reads the same ones).
+    """Sum the attention of `documents`, each a 1-D tensor of token ids, and add one induction probe.
 
     A document is fed in chunks of `chunk_size` tokens with a KV cache, so chunking changes memory and never the result.
-    Raises `UnsupportedModelError` where the model's attention cannot be observed, `InputError` for a document of one
-    token or longer than the model's context.
+    Several processes (`kvcompress.models.distributed`) each read a share of the documents and all get the sums of all;
+    processes that hold shards of one model each read all documents and get the sums of all heads.
+
+    With `stopping`, collecting ends early once standard errors are small (`standard_errors.precise_enough`, checked after
+    every `stopping.stop_every` documents, so that any number of processes reads the same documents).
+
+    Raises `UnsupportedModelError` if the model's attention cannot be observed, and `InputError` for no documents, or a
+    document of one token or longer than the model's context.
     """
-    shape = require_observable(model)
+    architecture = require_observable(model)
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     for tokens in documents:
-        if len(tokens) > shape.max_context:
-            raise InputError(f"a document of {len(tokens)} tokens exceeds the model's context of {shape.max_context}")
+        if len(tokens) > architecture.max_context:
+            raise InputError(
+                f"a document of {len(tokens)} tokens exceeds the model's context of {architecture.max_context}"
+            )
         if len(tokens) < 2:
             raise InputError(f"a document has {len(tokens)} tokens, expected at least 2")
     if rope_depends_on_length(model.config):
         chunk_size = max(map(len, documents), default=1)  # a chunk would be rotated as if the text ended with it
     if not documents:
         raise InputError("there are no documents to collect attention from")
-    total, part = AttentionSums.none(shape.num_layers, shape.num_attention_heads), part_of(model.config)
+    layers, heads = architecture.num_layers, architecture.num_attention_heads
+    own_heads = heads // shard_of(model.config).count
+    total = AttentionSums.none(layers, heads)
     size = len(documents) if stopping is None else stopping.stop_every
     rounds = [documents[first : first + size] for first in range(0, len(documents), size)]
     shares = [[batch[i] for i in distributed.mine([cost(len(tokens)) for tokens in batch])] for batch in rounds]
     amount = sum(len(tokens) for own in shares for tokens in own)
     with torch.inference_mode(), distributed.progress(amount, "attention", "tok", progress) as bar:
         for batch, own in zip(rounds, shares, strict=True):
-            found = AttentionSums.none(shape.num_layers, shape.num_attention_heads // part.count)
+            found = AttentionSums.none(layers, own_heads)
             for tokens in own:
-                found += read(model, tokens, chunk_size, bar).sums(shape.num_layers)
+                found += observe(model, tokens, chunk_size, bar).sums(layers)
             sums = {
-                name: of_all_heads(tensor, 1, part) if name in HEAD_SUMS else tensor
+                name: gather_heads(tensor, 1, model.config) if name in HEAD_SUMS else tensor
                 for name, tensor in distributed.summed(found.tensors).items()
             }
             total += AttentionSums(sums, len(batch), max(map(len, batch)))
-            if stopping and precise_enough(total, stopping):  # the same sums, so the same answer, in every process
+            if stopping and precise_enough(total, stopping):  # every process has the same sums and decides alike
                 break
-    add_induction(model, total)
+        total.tensors["induction"] += gather_heads(induction_scores(model, layers), 1, model.config)
+        total.tensors["probes"] += 1
     return total
 
 
-def read(model: PreTrainedModel, tokens: Tensor, chunk_size: int, bar: "tqdm[Any]") -> AttentionObserver:
-    """What an observer saw of one document."""
+def observe(model: PreTrainedModel, tokens: Tensor, chunk_size: int, bar: "tqdm[Any]") -> AttentionObserver:
+    """Run the model over one document under observation."""
     with observing(model) as observer:
         cache = DynamicCache() if len(tokens) > chunk_size else None
         for chunk in tokens.to(input_device(model)).split(chunk_size):
@@ -82,12 +87,12 @@ def read(model: PreTrainedModel, tokens: Tensor, chunk_size: int, bar: "tqdm[Any
 
 
 def cost(tokens: int) -> float:
-    """What a document costs, in tokens of a short one: attention grows with its square."""
+    """Estimate the time for a document, in tokens of a short one: attention grows with the square of its length."""
     return tokens * (1 + tokens / 4096)
 
 
 def rope_depends_on_length(config: Any) -> bool:
-    """Whether a key's rotation changes with the length of the text so far (dynamic NTK, LongRoPE)."""
+    """Return True if a key's rotation changes with the length of the text so far (dynamic NTK, LongRoPE)."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     blocks = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return any(block.get("rope_type") in ("dynamic", "longrope") for block in blocks)

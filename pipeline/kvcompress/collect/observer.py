@@ -1,10 +1,9 @@
-"""Observing attention from inside: a registered attention function that computes exact attention block by block.
+"""Observes attention from inside: a registered attention function that computes exact attention block by block.
 
-Every block of queries gets its weights, adds them to the layer's sums (`attention_sums`) and its output, and is gone:
-the largest thing that exists at a time is one block `[query head, block, key]`, in a long text of some heads alone. The
-output is what the model's own attention gives, so the layers above see the true hidden states. Works for every
-architecture that dispatches through transformers' attention interface, with grouped or multi-head attention, sliding
-windows and logit soft-capping.
+Every block of queries gets its weights, adds them to the layer's sums (`collect.sums`) and its output, and is freed. The
+largest tensor at any time is one block `[query head, block, key]`, in a long text of a few heads. The output is that of the
+model's own attention, so later layers see the true hidden states. Works for every architecture that dispatches through
+transformers' attention interface, with grouped or multi-head attention, sliding windows and logit soft-capping.
 """
 
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvcompress.collect.sums import HEAD_SUMS, AttentionSums, add_heads, count_queries, empty_layer
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, use_attention
-from kvcompress.models.head_shards import Part, part_of
-from kvcompress.models.load import ModelShape, input_device, model_shape
+from kvcompress.models.architecture import Architecture
+from kvcompress.models.attention_interface import LEARNED_TERMS, refuse_terms, replaced_attention
+from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import HeadShard, shard_of
 
 NAME = "kvcompress_observe"
-# device -> (weights a block may hold, queries in it): 4 MiB stay in a CPU's cache, a GPU wants few and large launches
+# device -> (most weights in a block, most queries in it): 4 MiB fit a CPU's cache, a GPU needs few and large launches
 BLOCK_LIMITS = {"cpu": (2**20, 256), "cuda": (2**24, 4096)}
 MASKED = torch.finfo(torch.float32).min  # finite, so that weight 0 times its logarithm is 0
 
@@ -36,11 +36,11 @@ class AttentionObserver:
     def __init__(self) -> None:
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.seen: dict[int, int] = {}
-        self.windows: dict[int, int | None] = {}  # the sliding window that each layer passes on
+        self.windows: dict[int, int | None] = {}  # sliding window that each layer passes to attention
         self.kv_heads: dict[int, int] = {}
 
     def sums(self, num_layers: int) -> AttentionSums:
-        """The document's sums. Raises `UnsupportedModelError` where a layer's attention was never seen."""
+        """Return the document's sums. Raises `UnsupportedModelError` if a layer's attention was never called."""
         if len({layer["entropy"].shape for layer in self.layers.values()}) > 1:
             raise UnsupportedModelError("the model's layers have different numbers of heads, which is not supported")
         missing = sorted(set(range(num_layers)) - set(self.layers))
@@ -61,7 +61,7 @@ class AttentionObserver:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention output `[query, query_head, value_dim]`; adds the weights to the layer's sums on the way."""
+        """Return the attention output `[query, query_head, value_dim]` and add the weights to the layer's sums."""
         heads, length, _ = query.shape
         kv_heads, keys, _ = key.shape
         first = self.seen.get(layer, 0)
@@ -81,7 +81,7 @@ class AttentionObserver:
         while start < length:
             step = block_size(heads, first + start, query.device)
             stop = min(start + step, length)
-            end = first + stop  # keys that this block may see
+            end = first + stop  # keys visible to this block
             position = torch.arange(first + start, end, device=query.device)
             visible = position + 1 if window is None else (position + 1).clamp(max=window)
             count_queries(sums, visible)
@@ -105,9 +105,9 @@ class AttentionObserver:
 
 
 def block_size(heads: int, keys: int, device: torch.device) -> int:
-    """Queries in the next block, at least 4: few enough that heads x queries x keys stays within the block's limit.
+    """Return the number of queries in the next block, at least 4, so that heads x queries x keys stays within the limit.
 
-    `keys` stand before the block; a block of q queries sees keys + q.
+    `keys` precede the block; a block of q queries sees keys + q.
     """
     elements, queries = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
     room = elements / heads  # q (keys + q) <= room
@@ -115,13 +115,13 @@ def block_size(heads: int, keys: int, device: torch.device) -> int:
 
 
 def heads_at_once(kv_heads: int, elements: int, device: torch.device) -> int:
-    """KV heads whose weights may exist together, at least 1; each has `elements` of them in the block."""
+    """Return the number of KV heads, at least 1, whose weights fit a block together; each has `elements` weights."""
     room, _ = BLOCK_LIMITS.get(device.type, BLOCK_LIMITS["cpu"])
     return max(1, min(kv_heads, room // elements))
 
 
 def hide(scores: Tensor, first: int, window: int | None) -> None:
-    """Set the scores of keys that a query may not see, in place; `scores` `[head, query, key]`."""
+    """Mask the scores of keys that are not visible to a query, in place; `scores` `[head, query, key]`."""
     queries, keys = scores.shape[1:]
     future = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
     scores[..., keys - queries :].masked_fill_(future, MASKED)
@@ -143,7 +143,7 @@ def observed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; needs `observing` around it and a batch of one."""
+    """Attention function that transformers calls; works inside `observing` and for a batch of one."""
     observer = _active.get()
     if observer is None:
         raise UnsupportedModelError(f"attention {NAME!r} works only inside `with observing(model)`")
@@ -162,32 +162,30 @@ AttentionInterface.register(NAME, observed_attention)
 
 @contextmanager
 def observing(model: PreTrainedModel) -> Iterator[AttentionObserver]:
-    """Switch the model to observed attention and yield the observer; the model's own attention returns on exit.
+    """Run the model with observed attention and yield the observer; the model's own attention returns on exit.
 
-    Raises `UnsupportedModelError` where the model does not take another attention function.
+    Raises `UnsupportedModelError` if the model's attention cannot be replaced.
     """
-    before = model.config._attn_implementation
-    use_attention(model, NAME)
     observer = AttentionObserver()
-    token = _active.set(observer)
-    try:
-        yield observer
-    finally:
-        _active.reset(token)
-        use_attention(model, before)
+    with replaced_attention(model, NAME):
+        token = _active.set(observer)
+        try:
+            yield observer
+        finally:
+            _active.reset(token)
 
 
 PROBE_TOKENS = 48
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def require_observable(model: PreTrainedModel) -> ModelShape:
-    """The model's shape, if its attention can be observed; else `UnsupportedModelError` that says what stands against it.
+def require_observable(model: PreTrainedModel) -> Architecture:
+    """Return the model's architecture. Raises `UnsupportedModelError`, with the reason, if attention cannot be observed.
 
-    The proof is a short run: with observed attention the hidden states must be those of the model's own attention, within
-    rounding. So a term that the observer does not know (a bias, a learned sink, another mask) is found, whatever its name.
+    A short run is the proof: with observed attention the hidden states must equal those of the model's own attention,
+    within rounding. This finds any term that the observer does not know (a bias, a learned sink, another mask).
     """
-    name, shape = type(model).__name__, model_shape(model.config)
+    name, shape = type(model).__name__, Architecture.of_config(model.config)
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode, whose dropout hides attention: call model.eval()")
     if not getattr(model, "_supports_attention_backend", False):
@@ -200,7 +198,7 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
         with observing(model) as observer:
             observed = model.base_model(ids, use_cache=False).last_hidden_state.float()
         observer.sums(shape.num_layers)
-    require_as_described(name, shape, observer, part_of(model.config))
+    require_as_described(name, shape, observer, shard_of(model.config))
     if not own.isfinite().all():
         raise UnsupportedModelError(f"{name} gives hidden states that are not finite numbers; are its weights damaged?")
     difference = float((own - observed).norm() / own.norm())
@@ -212,19 +210,19 @@ def require_observable(model: PreTrainedModel) -> ModelShape:
     return shape
 
 
-def require_as_described(name: str, shape: ModelShape, observer: AttentionObserver, part: Part) -> None:
-    """Raise `UnsupportedModelError` where the heads or windows observed are not those that the config describes.
+def require_as_described(name: str, shape: Architecture, observer: AttentionObserver, shard: HeadShard) -> None:
+    """Raise `UnsupportedModelError` unless heads and windows observed are those of the config.
 
-    Some models apply a sliding window through their mask alone; the observer would look through it at all keys.
+    Some models apply a sliding window through their mask alone, which the observer ignores.
     """
-    for layer, window in enumerate(shape.windows):
+    for layer, window in enumerate(shape.sliding_windows):
         if observer.windows[layer] != window:
             raise UnsupportedModelError(
                 f"{name}: layer {layer} has a sliding window of {window} by its config, but passes "
-                f"{observer.windows[layer]} on to attention, so what it hides cannot be observed"
+                f"{observer.windows[layer]} on to attention, so its mask cannot be observed"
             )
         found = (observer.layers[layer]["entropy"].shape[0], observer.kv_heads[layer])
-        expected = (shape.num_attention_heads // part.count, shape.num_key_value_heads // part.count)
+        expected = (shape.num_attention_heads // shard.count, shape.num_key_value_heads // shard.count)
         if found != expected:
             raise UnsupportedModelError(
                 f"{name}: layer {layer} has {found[0]} query and {found[1]} KV heads, its config says "

@@ -1,4 +1,4 @@
-"""Sections `collect` and `statistics`: how calibration text is fed to the model, and which keys count as near."""
+"""Sections `collect` and `statistics`: feeding calibration text, and the keys that count as sinks, local and recent."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ Error = Annotated[float, Field(gt=0)]
 
 
 class CollectParams(SectionParams):
-    """How calibration text is fed: `documents_per_text` documents of `max_tokens`, in chunks with a KV cache.
+    """Calibration text: `documents_per_text` documents of `max_tokens` tokens, fed in chunks with a KV cache.
 
-    With `stop_entropy_error` (nats) or `stop_sink_error` (share of attention) these are the most; after every `stop_every`
-    documents collecting stops where every head's standard errors are no larger (`kvcompress.collect.standard_errors`).
+    With `stop_entropy_error` (nats) or `stop_sink_error` (share of attention) that number is a maximum: after every
+    `stop_every` documents, collecting stops once no head's standard errors are larger (`collect.standard_errors`).
     """
 
     section = "collect"
@@ -27,7 +27,7 @@ class CollectParams(SectionParams):
 
 
 class StatisticsParams(SectionParams):
-    """Which keys count as sinks, local and recent; the bounds are what the collected sums can answer."""
+    """Keys that count as sinks, local and recent. The upper bounds are those of the collected sums."""
 
     section = "statistics"
 

@@ -1,15 +1,15 @@
-"""How precisely a head is known: standard errors over documents, and the rule by which collecting stops early.
+"""Standard errors of head statistics over documents, and the rule that stops collecting early.
 
-Queries of one document are alike, so documents are what is counted. A statistic is a ratio, the sum of S over documents
-divided by the sum of their queries n; with m that ratio and D documents its squared standard error is
+Queries of one document are correlated, so documents are the unit. A statistic is a ratio, the sum of S over documents
+divided by the sum of their queries n. With m that ratio and D documents, its squared standard error is
 
     D / (D - 1) * sum (S - m n)^2 / (sum n)^2
 
-(the usual linearised variance of a ratio estimate: Cochran, *Sampling Techniques*, 1977, section 6.4). The sum expands into
-sums of S^2, S n and n^2, which add over documents and processes.
+(the linearised variance of a ratio estimate: Cochran, *Sampling Techniques*, 1977, section 6.4). The sum expands into sums
+of S^2, S n and n^2, which add over documents and processes.
 
-Classes have bounds in entropy and sink ratio. Once every head is known within a small share of what lies between the
-bounds, more text changes the class of those heads alone that stand on a bound, whose class says little anyway.
+Classes have bounds in entropy and sink ratio. Once every head is known within a small share of the distance between the
+bounds, more text changes the class only of heads that lie on a bound.
 """
 
 import numpy as np
@@ -17,13 +17,13 @@ import numpy as np
 from kvcompress.collect.params import CollectParams
 from kvcompress.collect.sums import AttentionSums
 
-FEWEST = 8  # documents, below which a standard error is itself too uncertain to stop by
+FEWEST = 8  # documents; with fewer, a standard error is itself too uncertain to stop by
 
 
 def standard_errors(sums: AttentionSums) -> tuple[np.ndarray, np.ndarray]:
-    """Standard errors of mean entropy `[layer, head]`, nats, and of the weight on the first k + 1 keys `[layer, head, k]`.
+    """Return standard errors of mean entropy `[layer, head]` (nats) and of the weight on the first k + 1 keys `[layer, head, k]`.
 
-    Infinite where there are fewer than two documents.
+    Infinite for fewer than two documents.
     """
     data = {name: tensor.numpy() for name, tensor in sums.tensors.items()}
     pairs = ((data["entropy"], "entropy"), (data["sinks"].cumsum(-1), "sinks"))
@@ -32,7 +32,10 @@ def standard_errors(sums: AttentionSums) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ratio_error(sums: AttentionSums, total: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Standard error of `total` `[layer, head, ...]` per query; `products` `[layer, head, 2, ...]`: sums of S^2 and S n."""
+    """Return the standard error of `total` `[layer, head, ...]` per query.
+
+    `products` `[layer, head, 2, ...]`: sums of S^2 and S n.
+    """
     if sums.documents < 2:
         return np.full(total.shape, np.inf)
     shape = (-1, *[1] * (total.ndim - 1))
@@ -45,10 +48,10 @@ def ratio_error(sums: AttentionSums, total: np.ndarray, products: np.ndarray) ->
 
 
 def precise_enough(sums: AttentionSums, params: CollectParams) -> bool:
-    """Whether collecting may stop: no head's standard error exceeds `stop_entropy_error` or `stop_sink_error`.
+    """Return True if no head's standard error exceeds `stop_entropy_error` or `stop_sink_error`, so collecting may stop.
 
-    A bound that is None does not count; without any, or before `FEWEST` documents, never. The sink ratio has to be precise
-    for every number of sinks, because that number is chosen later.
+    Bounds that are None are ignored; without any, or before `FEWEST` documents, return False. The sink ratio has to be
+    precise for every number of sinks, because that number is chosen later.
     """
     bounds = (params.stop_entropy_error, params.stop_sink_error)
     if sums.documents < FEWEST or bounds == (None, None):

@@ -1,4 +1,4 @@
-"""Head statistics from attention sums; needs no model."""
+"""Computes head statistics from attention sums, without a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from kvcompress.core.head_statistics import NEAR, TAIL_EDGES, HeadStatistics
 
 
 def describe_measure(sums: AttentionSums, params: StatisticsParams, origin: Mapping[str, Any]) -> ModelInfo:
-    """The `model_info` of statistics: shape and amount from the sums, the measure from `params`, names from `origin`."""
+    """Return the `model_info` of statistics: shape and amount from `sums`, measure from `params`, names from `origin`."""
     return ModelInfo(
         num_layers=sums.num_layers,
         num_heads=sums.num_heads,
@@ -28,9 +28,9 @@ def describe_measure(sums: AttentionSums, params: StatisticsParams, origin: Mapp
 
 
 def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[HeadStatistics]:
-    """Head statistics from attention sums, in order of layer and head.
+    """Compute head statistics from attention sums, in order of layer and head.
 
-    Raises `InputError` where the longest text is no longer than sinks and window together.
+    Raises `InputError` if the longest text is no longer than sinks and window together.
     """
     sinks, window = params.sink_size, params.local_window
     if sinks + window >= sums.longest:
@@ -87,15 +87,15 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
 
 
 def sink_weight_nearby(early: np.ndarray, sinks: int) -> np.ndarray:
-    """Weight on the first `sinks` keys at each distance below NEAR: `early` `[..., query, key]` -> `[..., NEAR]`.
+    """Sum the weight on the first `sinks` keys at each distance below NEAR: `early` `[..., query, key]` -> `[..., NEAR]`.
 
-    Only the first queries are near a sink, so the singly kept ones answer exactly: query k + d sees key k at distance d.
+    Only the first queries are near a sink, and `early` keeps them singly: query k + d sees key k at distance d.
     """
     distance = np.arange(NEAR)
     return sum((early[..., key + distance, key] for key in range(sinks)), np.zeros((*early.shape[:-2], NEAR)))
 
 
 def tail_bins(relative: np.ndarray, beyond: np.ndarray) -> np.ndarray:
-    """Weight by distance `[..., distance]` summed into the bins of TAIL_EDGES, with `beyond` as the last: `[..., bin]`."""
+    """Sum weights by distance `[..., distance]` into the bins of TAIL_EDGES, with `beyond` as the last: `[..., bin]`."""
     bins = [relative[..., low:high].sum(-1) for low, high in itertools.pairwise(TAIL_EDGES)]
     return np.stack([*bins, beyond], axis=-1)

@@ -1,9 +1,9 @@
-"""Sufficient statistics of attention: sums over queries from which every head statistic follows without the model.
+"""Attention sums: sums over queries from which every head statistic follows without the model.
 
-For each layer and query head, sums over all scored queries of one or several documents. They add over documents and
-processes, so a change of sink size, local window, recent ratio or any threshold needs no forward pass. Nothing here
-has a size that grows with the text. Blocks are added up in float64; `q` is a query's position, `k` a key's, `d = q - k` their
-distance, `n` the number of keys that the query may see (q + 1, or less under a sliding window).
+There is one set for each layer and query head, summed over all scored queries of all documents. They add over documents and
+processes, so another sink size, local window, recent ratio or threshold needs no forward pass, and no size grows with the
+text. Blocks are added in float64. `q` is a query's position, `k` a key's, `d = q - k` their distance, `n` the number of
+keys visible to the query (q + 1, or less under a sliding window).
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from torch import Tensor
 from kvcompress.core.artifacts import read_tensors, write_tensors
 from kvcompress.core.errors import InputError
 
-SINK_POSITIONS = 64  # the weight on each of the first keys; bounds statistics.sink_size
-EARLY_QUERIES = 128  # the first queries, kept singly: where sinks and a local window of up to 64 keys overlap
-DISTANCES = 1024  # relative distances kept singly; what lies farther back is the tail
+SINK_POSITIONS = 64  # first keys whose weights are kept singly; upper bound of statistics.sink_size
+EARLY_QUERIES = 128  # first queries kept singly: there, sinks and a local window of up to 64 keys overlap
+DISTANCES = 1024  # distances kept singly; the rest is the tail
 RECENT_STEPS = 100  # recent_ratio in steps of one percent
 
-# What is summed for each head: name -> trailing shape of the tensor [layer, head, ...].
+# Sums of each head: name -> trailing shape of the tensor [layer, head, ...].
 HEAD_SUMS: dict[str, tuple[int, ...]] = {
     "entropy": (),  # -sum p log p, nats
     "entropy_squared": (),
@@ -33,12 +33,12 @@ HEAD_SUMS: dict[str, tuple[int, ...]] = {
     "relative_tail": (),  # weight at distances of DISTANCES and more
     "relative_sinks": (DISTANCES,),  # weight at distance d on the first SINK_POSITIONS keys, contained in `relative`
     "recent": (RECENT_STEPS,),  # [b]: weight on the last max(1, floor((b + 1) n / 100)) keys
-    # of each document's sums S over its n queries: S squared, and S times n; what standard errors follow from
+    # For standard errors, from each document's sum S over its n queries: S squared, and S times n.
     "entropy_by_document": (2,),
     "sinks_by_document": (2, SINK_POSITIONS),  # S: weight on the first k + 1 keys
     "induction": (),  # induction scores (kvcompress.collect.induction), added up over probes
 }
-# What is counted for each layer: name -> trailing shape of the tensor [layer, ...].
+# Counts of each layer: name -> trailing shape of the tensor [layer, ...].
 LAYER_COUNTS: dict[str, tuple[int, ...]] = {
     "queries": (),
     "varied_queries": (),  # queries with n > 1
@@ -49,12 +49,17 @@ LAYER_COUNTS: dict[str, tuple[int, ...]] = {
 
 
 class AttentionSums:
-    """The sums of one model: `tensors[name]` is `[layer, head, ...]` for heads, `[layer, ...]` for counts."""
+    """Sums of one model.
+
+    tensors: `tensors[name]` is `[layer, head, ...]` for sums of heads, `[layer, ...]` for counts.
+    documents: number of documents observed.
+    longest: length of the longest document (tokens).
+    """
 
     def __init__(self, tensors: dict[str, Tensor], documents: int, longest: int) -> None:
         self.tensors = tensors
-        self.documents = documents  # how many texts were observed
-        self.longest = longest  # tokens of the longest of them
+        self.documents = documents
+        self.longest = longest
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +70,7 @@ class AttentionSums:
         return self.tensors["entropy"].shape[1]
 
     def __add__(self, other: "AttentionSums") -> "AttentionSums":
-        """Sums over both sets of documents. Raises `InputError` where the models' shapes differ."""
+        """Add the sums of two sets of documents. Raises `InputError` if layers or heads differ in number."""
         mine, theirs = self.tensors["entropy"].shape, other.tensors["entropy"].shape
         if mine != theirs:
             raise InputError(f"attention sums of {tuple(mine)} and {tuple(theirs)} (layers, heads) cannot be added")
@@ -74,13 +79,13 @@ class AttentionSums:
 
     @classmethod
     def none(cls, layers: int, heads: int) -> "AttentionSums":
-        """The sums of no document."""
+        """Return the sums of no document."""
         layer = empty_layer(heads, torch.device("cpu"))
         return cls({name: torch.stack([tensor] * layers) for name, tensor in layer.items()}, documents=0, longest=0)
 
     @classmethod
     def stack(cls, layers: list[dict[str, Tensor]], tokens: int) -> "AttentionSums":
-        """One document's sums from its layers' (`LayerSums.tensors`)."""
+        """Stack the sums of one document's layers, each a dict as of `empty_layer`."""
         tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}
         queries = tensors["queries"][:, None]
         for name, total in (("entropy", tensors["entropy"]), ("sinks", tensors["sinks"].cumsum(-1))):
@@ -90,19 +95,17 @@ class AttentionSums:
         return cls(tensors, documents=1, longest=tokens)
 
     def save(self, path: str | Path, header: Mapping[str, Any]) -> None:
-        """Write a safetensors file; `header` says which model and text the sums belong to."""
+        """Write a safetensors file; `header` names the model and text of the sums."""
         write_tensors(path, self.tensors, {**header, "documents": self.documents, "longest": self.longest})
 
     @classmethod
     def load(cls, path: str | Path) -> tuple["AttentionSums", dict[str, Any]]:
-        """Read (sums, header). Raises `InputError` where the file is not complete or not finite."""
+        """Read (sums, header). Raises `InputError` if the file is incomplete or has values that are not finite."""
         tensors, header = read_tensors(path)
         shapes = {**HEAD_SUMS, **LAYER_COUNTS}
         if set(tensors) != set(shapes):
             odd = sorted(set(tensors) ^ set(shapes))
-            raise InputError(
-                f"{path} does not hold the sums this version knows: {', '.join(odd)} differ; collect again"
-            )
+            raise InputError(f"{path} lacks the sums of this version: {', '.join(odd)} differ; collect again")
         for name, tensor in tensors.items():
             lead = tensors["entropy"].shape[: 1 if name in LAYER_COUNTS else 2]
             if tensor.shape != (*lead, *shapes[name]):
@@ -118,14 +121,14 @@ class AttentionSums:
 
 
 def empty_layer(heads: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for one layer's sums on `device`, float64."""
+    """Return zeros for one layer's sums on `device`, float64."""
     sums = {name: torch.zeros(heads, *shape, dtype=torch.float64, device=device) for name, shape in HEAD_SUMS.items()}
     counts = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in LAYER_COUNTS.items()}
     return sums | counts
 
 
 def count_queries(sums: dict[str, Tensor], visible: Tensor) -> None:
-    """Count a block of queries, in place; they may see `visible` keys, `[query]`."""
+    """Count a block of queries, in place; each sees `visible` keys, `[query]`."""
     sums["queries"] += len(visible)
     sums["varied_queries"] += (visible > 1).sum()
     sums["log_visible"] += visible.double().log().sum()
@@ -135,8 +138,8 @@ def add_heads(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
     """Add a block of queries to the sums of some heads, in place.
 
     `weights` `[head, query, key]` float32, contiguous: attention of the queries at positions `first`, `first + 1` ...
-    to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` its logarithm,
-    finite everywhere. Each query may see `visible` keys, `[query]`, its own among them.
+    to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` is its logarithm,
+    finite everywhere. Each query sees `visible` keys, `[query]`, its own among them.
     """
     _, queries, keys = weights.shape
     position = torch.arange(first, first + queries, device=weights.device)
@@ -145,7 +148,7 @@ def add_heads(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
     entropy = -torch.linalg.vecdot(weights, log_weights).double()  # [head, query]
     sums["entropy"] += entropy.sum(1)
     sums["entropy_squared"] += entropy.square().sum(1)
-    varied = visible > 1  # the entropy over a single key is 0, whatever it is divided by
+    varied = visible > 1  # the entropy over a single key is 0, whatever the divisor
     sums["normalized_entropy"] += (entropy / torch.where(varied, log_visible, 1.0)).sum(1)
     sums["max_weight"] += weights.amax(-1).double().sum(1)
 
@@ -166,9 +169,9 @@ def add_heads(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
 def sum_by_distance(weights: Tensor, first: int, distances: int) -> Tensor:
     """Sum `weights` `[head, query, key]` along the diagonals: result `[head, distance]`, float64.
 
-    Query i stands at position `first + i`, key j at position j; distance is query minus key. Diagonals become columns
-    of a strided view (one step in queries is one step in keys), so no element is copied once the block is far enough
-    from the start; near it, the block is padded with zero keys at negative positions.
+    Query i is at position `first + i`, key j at position j; distance is query minus key. Diagonals become columns of a
+    strided view (one step in queries is one step in keys), so no element is copied once the block is far enough from the
+    start; near the start, the block is padded with zero keys at negative positions.
     """
     heads, queries, keys = weights.shape
     reach = min(distances, first + queries)  # distances that occur
@@ -187,7 +190,7 @@ def sum_by_distance(weights: Tensor, first: int, distances: int) -> Tensor:
 
 
 def sum_recent(weights: Tensor, position: Tensor, visible: Tensor) -> Tensor:
-    """Weight on the most recent keys, for each percent of the visible ones: `[head, RECENT_STEPS]`, float64."""
+    """Sum the weight on the most recent keys, for each percent of the visible ones: `[head, RECENT_STEPS]`, float64."""
     percent = torch.arange(1, RECENT_STEPS + 1, device=weights.device)
     count = (visible[:, None] * percent // RECENT_STEPS).clamp(min=1)  # [query, step]
     before = position[:, None] - count  # the last key that is not recent; -1: all are

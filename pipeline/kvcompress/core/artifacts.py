@@ -1,8 +1,8 @@
-"""Reading and writing artifacts: JSON, text and safetensors, never pickle.
+"""Artifacts: JSON, text and safetensors files, written atomically and never pickled.
 
-Writing is atomic: the content goes to a temporary file beside the target, is flushed to disk and renamed. A full disk,
-an exception or a killed process leaves the old file or none, never half of a new one. Reading turns every defect of a
-file (missing, not UTF-8, truncated, NaN) into an `InputError` that names the file.
+Content goes to a temporary file in the folder of the target, is flushed to disk and renamed. A full disk, an exception or a
+killed process leaves the old file or none, never half of a new one. Reading turns every defect of a file (missing, not
+UTF-8, truncated, NaN) into an `InputError` that names the file.
 """
 
 import json
@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; rename it to `path` on success, remove it on any exception.
 
-    Raises `InputError` when the file system refuses (no space, no permission, a folder in the way).
+    Raises `InputError` if the file system refuses (no space, no permission, a folder in the way).
     """
     path = Path(path)
     temporary: Path | None = None
@@ -50,9 +50,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` on success; on any exception `folder` stays as it was.
+    """Yield an empty folder that replaces `folder` on success; on any exception `folder` stays unchanged.
 
-    What a killed process left of an earlier attempt is removed. Raises `InputError` when the file system refuses.
+    Removes what a killed process left of an earlier attempt. Raises `InputError` if the file system refuses.
     """
     folder = Path(folder)
     try:
@@ -70,13 +70,13 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically, newlines as given."""
+    """Write UTF-8 text atomically, with newlines unchanged."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically and byte-stably: two-space indent, order as given, a final newline; NaN is an error."""
+    """Write JSON atomically: two-space indent, keys in order, a final newline. Raises `InputError` for NaN or infinity."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
@@ -98,7 +98,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read strict JSON: NaN, infinities and duplicate keys are refused."""
+    """Read strict JSON. Raises `InputError` for NaN, infinities and duplicate keys."""
 
     def refuse(constant: str) -> None:
         raise InputError(f"{path} holds {constant}, which is not a number")
@@ -121,13 +121,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_model(path: str | Path, model: type[Model]) -> Model:
-    """Read JSON into a pydantic model; the first defect is named by its place in the file."""
+    """Read JSON into a pydantic model. Raises `InputError` that names the first defect by its place in the file."""
     value = read_json(path)
     return validated(lambda: model.model_validate(value), str(path))
 
 
 def validated(build: Callable[[], Model], where: str) -> Model:
-    """Run a pydantic validation; turn its first complaint into one sentence that starts with `where`."""
+    """Run a pydantic validation; turn its first error into an `InputError` that starts with `where`."""
     try:
         return build()
     except ValidationError as error:
@@ -135,7 +135,7 @@ def validated(build: Callable[[], Model], where: str) -> Model:
 
 
 def describe(error: ValidationError) -> str:
-    """One sentence from a pydantic error: which field, what was found, what was expected; how many more there are."""
+    """Turn a pydantic error into one sentence: field, defect, value found, and the number of other defects."""
     first, *others = error.errors(include_url=False)
     field = ".".join(str(part) for part in first["loc"]) or "the whole"
     message = first["msg"].removeprefix("Value error, ")
@@ -150,7 +150,7 @@ def describe(error: ValidationError) -> str:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically; `header` is stored as one JSON string, so that the bytes are stable."""
+    """Write a safetensors file atomically. `header` is stored as one JSON string, so that bytes are reproducible."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -163,7 +163,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Map
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Read what `write_tensors` wrote: (tensors on the CPU, header)."""
+    """Read a file of `write_tensors`: (tensors on the CPU, header). Raises `InputError` for any other file."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():

@@ -1,7 +1,7 @@
-"""What can go wrong in a way that a user can mend.
+"""Errors that a user can mend.
 
-Every message is one sentence that names the file or the field, what was found and what was expected. Command-line
-programs print it and exit with a non-zero code; a traceback means a defect of kvcompress itself.
+Every message is one sentence that names the file, flag or field, what was found and what was expected. Command-line
+programs print it and exit with code 1; a traceback means a defect of kvcompress itself.
 """
 
 import sys
@@ -10,24 +10,24 @@ from contextlib import contextmanager
 
 
 class KVCompressError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base of all errors that a user can mend."""
 
 
 class InputError(KVCompressError, ValueError):
-    """A parameter, a file or a text is not what it has to be."""
+    """Raised for a parameter, file or text that is not as expected."""
 
 
 class UnsupportedModelError(KVCompressError, ValueError):
-    """This model's attention cannot be observed or compressed; the message says why."""
+    """Raised for a model whose attention cannot be observed or compressed; the message gives the reason."""
 
 
 class CacheUseError(KVCompressError, RuntimeError):
-    """A compressed cache was used in a way that would give wrong answers."""
+    """Raised for a use of a compressed cache that would give wrong answers."""
 
 
 @contextmanager
 def said_in_a_sentence() -> Iterator[None]:
-    """For programs: print an error that a user can mend on standard error, and end with code 1."""
+    """Print an error that a user can mend on standard error and exit with code 1. For command-line programs."""
     try:
         yield
     except KVCompressError as error:
@@ -38,3 +38,9 @@ def said_in_a_sentence() -> Iterator[None]:
         return
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(1)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library on one line, cut to 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,4 +1,4 @@
-"""The classes of attention heads, and the classification file that names one class for every query head."""
+"""Head classes: the class of every query head, the classification file, and the look of a class in figures."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -9,18 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.dataclasses import dataclass
 
 from kvcompress.core.artifacts import read_model, write_json
-from kvcompress.core.retention import (
-    ALIAS_SCORE,
-    ALIASES,
-    HeadCompressionConfig,
-    Retention,
-    Strategy,
-    require_each_once,
-)
+from kvcompress.core.retention import ALIAS_SCORE, ALIASES, Retention, Strategy, require_each_once
 
 
 class HeadType(Enum):
-    """What a head's attention looks like; `positional` belongs to the first-pass taxonomy alone."""
+    """Shape of a head's attention. The first-pass taxonomy alone has `positional`."""
 
     POSITIONAL = "positional"
     GATHERING = "gathering"
@@ -31,18 +24,40 @@ class HeadType(Enum):
     SINK_MIXED = "sink_mixed"
 
 
-def _known_word(strategy: Any) -> Any:
+# class -> (colour, marker), in the order of every legend. Okabe and Ito's colours suit colour-blind readers.
+CLASS_STYLE: dict[HeadType, tuple[str, str]] = {
+    HeadType.SINK_POSITIONAL: ("#0072B2", "o"),
+    HeadType.POSITIONAL: ("#0072B2", "p"),
+    HeadType.TRUE_POSITIONAL: ("#CC79A7", "D"),
+    HeadType.SINK_MIXED: ("#56B4E9", "s"),
+    HeadType.GATHERING: ("#D55E00", "^"),
+    HeadType.MIXED: ("#E69F00", "v"),
+    HeadType.DEAD: ("#000000", "X"),
+}
+CLASS_LABELS = {kind: kind.value.replace("_", "-") for kind in HeadType}
+# One letter for each class, so that a head map can be read without its colours.
+CLASS_LETTERS = {
+    HeadType.SINK_POSITIONAL: "s",
+    HeadType.POSITIONAL: "p",
+    HeadType.TRUE_POSITIONAL: "t",
+    HeadType.SINK_MIXED: "x",
+    HeadType.GATHERING: "G",
+    HeadType.MIXED: "m",
+    HeadType.DEAD: ".",
+}
+
+
+def _plain(strategy: Any) -> Any:
     return ALIASES.get(strategy, strategy) if isinstance(strategy, str) else strategy
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class HeadClassification:
-    """The class of one query head and what the class table recommends for it.
+    """Class of one query head and the retention that the class table recommends for it.
 
-    `confidence` is in [0, 1]; `recommended_window` counts keys (-1: no bound, 0: none); `compression_strategy` is one
-    of `sink_window`, `window_only`, `full`, `prune`, `select` (the published files' `none` is read as `full`, `snapkv`
-    as `select`). A head that selects names the number of keys and, unless it is SnapKV's, the score; all others leave
-    `select_size` and `score` out.
+    `confidence` is in [0, 1]. `recommended_window` counts keys (-1: unbounded, 0: none). `compression_strategy` is
+    `sink_window`, `window_only`, `full`, `prune` or `select`; the published files' `none` is read as `full`, their `snapkv`
+    as `select`. Only heads that select have `select_size`, and `score` unless it is SnapKV's.
     """
 
     layer_idx: Annotated[int, Field(ge=0)]
@@ -55,37 +70,28 @@ class HeadClassification:
     keep_sinks: bool = False
     sink_size: Annotated[int, Field(ge=0)] = 4
     use_full_cache: bool = True
-    compression_strategy: Annotated[Strategy, BeforeValidator(_known_word)] = "full"
+    compression_strategy: Annotated[Strategy, BeforeValidator(_plain)] = "full"
     select_size: Annotated[int, Field(ge=0)] | None = None
     score: str | None = None
 
     def __post_init__(self) -> None:
-        self.config  # noqa: B018 (raises where strategy and window contradict)
-
-    @property
-    def config(self) -> HeadCompressionConfig:
-        """The same wish in the words of a retention plan."""
         usual = ALIAS_SCORE if self.compression_strategy == "select" else ""
-        return HeadCompressionConfig(
-            self.layer_idx,
-            self.head_idx,
-            self.compression_strategy,
-            self.keep_sinks,
-            self.sink_size,
-            self.recommended_window,
-            self.select_size or 0,
-            self.score or usual,
+        sinks, chosen = self.sink_size if self.keep_sinks else 0, self.select_size or 0
+        sizes = sinks, self.recommended_window, chosen
+        object.__setattr__(
+            self, "_retention", Retention.from_row(self.compression_strategy, *sizes, self.score or usual)
         )
 
     @property
     def retention(self) -> Retention:
-        return self.config.retention
+        found: Retention = self._retention  # type: ignore[attr-defined]
+        return found
 
 
 class ModelInfo(BaseModel):
-    """Which model and which measure a file of head statistics or classes belongs to.
+    """Model and measure that a file of head statistics or classes belongs to.
 
-    The published files know the first five fields alone; the others default to "unknown".
+    The published files have the first five fields alone; for the others None means unknown.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -107,7 +113,7 @@ class ModelInfo(BaseModel):
 
 
 class ClassificationFile(BaseModel):
-    """`{"classifications": [...]}`, with `model_info` and the taxonomy where kvcompress wrote it."""
+    """`{"classifications": [...]}`; files of kvcompress also have `model_info` and `taxonomy`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     model_info: ModelInfo | None = None
@@ -117,22 +123,22 @@ class ClassificationFile(BaseModel):
     @model_validator(mode="after")
     def every_head_once(self) -> "ClassificationFile":
         if self.model_info:
-            wanted = self.model_info.head_indices
+            expected = self.model_info.head_indices
         else:
             layers = 1 + max(head.layer_idx for head in self.classifications)
             width = 1 + max(head.head_idx for head in self.classifications)
-            wanted = {(i, j) for i in range(layers) for j in range(width)}
-        require_each_once(((head.layer_idx, head.head_idx) for head in self.classifications), wanted, "head")
+            expected = {(i, j) for i in range(layers) for j in range(width)}
+        require_each_once(((head.layer_idx, head.head_idx) for head in self.classifications), expected, "head")
         return self
 
     @property
     def ordered(self) -> list[HeadClassification]:
-        """The rows in order of layer and head."""
+        """Rows in order of layer and head."""
         return sorted(self.classifications, key=lambda head: (head.layer_idx, head.head_idx))
 
     @property
     def layers(self) -> list[list[HeadClassification]]:
-        """The rows as `[layer][query_head]`."""
+        """Rows as `[layer][query_head]`."""
         rows: dict[int, list[HeadClassification]] = {}
         for head in self.ordered:
             rows.setdefault(head.layer_idx, []).append(head)
@@ -150,6 +156,6 @@ def save_classifications(
     model_info: ModelInfo | None = None,
     taxonomy: Literal["first_pass", "refined"] | None = None,
 ) -> None:
-    """Write a classification file in the seed's layout."""
+    """Write a classification file."""
     file = ClassificationFile(model_info=model_info, taxonomy=taxonomy, classifications=list(classifications))
     write_json(path, file.model_dump(mode="json", exclude_none=True))

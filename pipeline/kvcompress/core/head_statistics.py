@@ -1,7 +1,4 @@
-"""Head statistics: what the attention sums say about each head, and the JSON file that holds them.
-
-Computing them needs no model. Means are over all scored queries of all documents.
-"""
+"""Head statistics and their JSON file. Means are over all scored queries of all documents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,34 +17,34 @@ TAIL_EDGES = (64, 128, 256, 512, 1024)  # relative_position_tail: [64, 128), [12
 REGIONS = ("sink", "recent", "local", "global")
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Share = Annotated[
-    float, Field(strict=True, allow_inf_nan=False, ge=-1e-3, le=1.02)
-]  # published sums exceed 1 by bf16 rounding
+# Published sums exceed 1 by bfloat16 rounding.
+Share = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e-3, le=1.02)]
+NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class HeadStatistics:
-    """The statistics of one query head.
+    """Statistics of one query head.
 
-    mean_entropy, std_entropy: attention entropy -sum p log p over queries, nats.
-    entropy_error, sink_error: standard errors of mean_entropy and sink_ratio over documents (`analysis.precision`).
+    mean_entropy, std_entropy: attention entropy -sum p log p, over queries (nats).
+    entropy_error, sink_error: standard errors of mean_entropy and sink_ratio over documents (`collect.standard_errors`).
     normalized_entropy: entropy / log(visible keys), mean over queries that see at least two; 0 one key, 1 uniform.
     max_attention_mean: mean of each query's largest weight.
     position_preference: mean weight on `sink` (the first sink_size keys), `local` (the last local_window keys, the
         query's own included, sinks excluded), `global` (the rest; the three add up to 1) and `recent` (the last
-        recent_ratio of the visible keys, at least one, whatever else they are).
-    induction_score: weight on the token after the first occurrence of a repeated random token (`analysis.induction`).
-    sink_ratio: the same as position_preference["sink"].
-    uniformity_score: KL divergence from attention to uniform, log(visible) - entropy, nats; 0 is uniform.
+        recent_ratio of the visible keys, at least one, whichever region they are in).
+    induction_score: weight on the token after the first occurrence of a repeated random token (`collect.induction`).
+    sink_ratio: position_preference["sink"].
+    uniformity_score: KL divergence from attention to uniform, log(visible) - entropy (nats); 0 is uniform.
     relative_position_dist: mean weight at distances 0 ... 63 (0: the query's own key); it sums to 1 with
     relative_position_tail: mean weight at distances [64, 128), [128, 256), [256, 512), [512, 1024) and beyond.
-    relative_without_sinks, tail_without_sinks: the same without the weight on the first 64 keys.
+    relative_without_sinks, tail_without_sinks: both distance profiles without the weight on the first 64 keys.
     """
 
     layer_idx: Annotated[int, Field(ge=0)]
     head_idx: Annotated[int, Field(ge=0)]
-    mean_entropy: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-    std_entropy: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+    mean_entropy: NotNegative
+    std_entropy: NotNegative
     max_attention_mean: Share
     position_preference: dict[str, Share]
     sink_ratio: Share
@@ -58,8 +55,8 @@ class HeadStatistics:
     relative_without_sinks: list[Share] | None = None
     tail_without_sinks: list[Share] | None = None
     induction_score: Share | None = None
-    entropy_error: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None = None
-    sink_error: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] | None = None
+    entropy_error: NotNegative | None = None
+    sink_error: NotNegative | None = None
 
     def __post_init__(self) -> None:
         if set(self.position_preference) != set(REGIONS):
@@ -73,7 +70,7 @@ class HeadStatistics:
 
 
 class StatisticsFile(BaseModel):
-    """`{"model_info": {...}, "head_statistics": [...]}`: every head of the model once."""
+    """`{"model_info": {...}, "head_statistics": [...]}`, with every head of the model once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     model_info: ModelInfo
@@ -97,7 +94,7 @@ def load_statistics(path: str | Path) -> StatisticsFile:
 
 
 def require_same_model(statistics: StatisticsFile, classes: ClassificationFile, path: str | Path) -> None:
-    """Raise `InputError` unless `classes`, read from `path`, speaks of the same heads of the same model."""
+    """Raise `InputError` unless `classes`, read from `path`, has the heads and the model of `statistics`."""
     info, other = statistics.model_info, classes.model_info
     rows = {(head.layer_idx, head.head_idx) for head in classes.classifications}
     if rows != info.head_indices:
@@ -111,6 +108,6 @@ def require_same_model(statistics: StatisticsFile, classes: ClassificationFile, 
 
 
 def save_statistics(path: str | Path, statistics: Sequence[HeadStatistics], model_info: ModelInfo) -> None:
-    """Write a statistics file in the seed's layout."""
+    """Write a statistics file."""
     file = StatisticsFile(model_info=model_info, head_statistics=list(statistics))
     write_json(path, file.model_dump(mode="json", exclude_none=True))

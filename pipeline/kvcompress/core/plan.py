@@ -1,15 +1,15 @@
-"""A retention plan: what every KV head of one model keeps, in memory and as a small, readable, versioned file."""
+"""Retention plan: the retention of every KV head of one model, and its versioned JSON file, one line for each head."""
 
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from kvcompress.core.artifacts import read_model, write_text
 from kvcompress.core.errors import InputError
-from kvcompress.core.retention import HeadCompressionConfig, Retention, Strategy, require_each_once, require_possible
+from kvcompress.core.retention import Retention, Strategy, require_each_once
 
 SCHEMA = 1
 
@@ -33,7 +33,7 @@ class PlanModel(BaseModel):
 
 
 class PlanHead(BaseModel):
-    """One line of a plan file; `select_size` and `score` stand there only where keys are chosen."""
+    """One line of a plan file; `select_size` and `score` are absent unless keys are chosen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int = Field(ge=0)
@@ -44,21 +44,19 @@ class PlanHead(BaseModel):
     select_size: int = Field(default=0, ge=0)
     score: str = ""
 
-    @model_validator(mode="after")
-    def possible(self) -> "PlanHead":
-        self.config  # noqa: B018 (raises where strategy and window contradict)
-        return self
+    _retention: Retention = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        sizes = self.sink_size, self.window_size, self.select_size
+        self._retention = Retention.from_row(self.strategy, *sizes, self.score)
 
     @property
-    def config(self) -> HeadCompressionConfig:
-        sizes = self.sink_size, self.window_size, self.select_size
-        return HeadCompressionConfig(
-            self.layer, self.kv_head, self.strategy, self.sink_size > 0, *sizes, score=self.score
-        )
+    def retention(self) -> Retention:
+        return self._retention
 
 
 class PlanFile(BaseModel):
-    """A plan file as it stands on disk, schema 1."""
+    """Content of a plan file, schema 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_: Literal[1] = Field(alias="schema")
@@ -77,19 +75,28 @@ class PlanFile(BaseModel):
 
     @model_validator(mode="after")
     def every_head_once(self) -> "PlanFile":
-        wanted = {(i, j) for i in range(self.model.num_layers) for j in range(self.model.num_key_value_heads)}
-        require_each_once(((head.layer, head.kv_head) for head in self.heads), wanted, "KV head")
+        expected = {(i, j) for i in range(self.model.num_layers) for j in range(self.model.num_key_value_heads)}
+        require_each_once(((head.layer, head.kv_head) for head in self.heads), expected, "KV head")
         return self
 
 
 def plans_of(folder: str | Path, model_id: str) -> Path:
-    """Where the plans of a model lie in a folder of plans."""
+    """Return the folder of a model's plans in a folder of plans."""
     return Path(folder) / model_id.replace("/", "--")
 
 
 @dataclass(frozen=True)
 class RetentionPlan:
-    """What every KV head of a model keeps: `layers[layer][kv_head]`, with where the plan came from."""
+    """Retention of every KV head of a model.
+
+    Parameters
+    ----------
+    layers: `layers[layer][kv_head]`.
+    num_attention_heads: query heads of a layer.
+    model_id, policy, budget, made_from: origin of the plan.
+
+    Raises `InputError` unless every layer has the same number of KV heads, and query heads divide evenly among them.
+    """
 
     layers: tuple[tuple[Retention, ...], ...]
     num_attention_heads: int
@@ -101,7 +108,6 @@ class RetentionPlan:
     def __post_init__(self) -> None:
         if not self.layers or len({len(layer) for layer in self.layers}) != 1 or not self.layers[0]:
             raise InputError("a plan needs at least one layer, and the same number of KV heads in every layer")
-        require_possible(self.layers)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"{self.num_attention_heads} query heads cannot be shared by {self.num_key_value_heads} KV heads"
@@ -109,7 +115,7 @@ class RetentionPlan:
 
     @classmethod
     def uniform(cls, kept: Retention, layers: int, kv_heads: int, query_heads: int, **origin: Any) -> "RetentionPlan":
-        """The same retention for every KV head."""
+        """Return a plan with one retention for all KV heads."""
         return cls(((kept,) * kv_heads,) * layers, query_heads, **{"policy": "uniform", **origin})
 
     @property
@@ -121,11 +127,11 @@ class RetentionPlan:
         return len(self.layers[0])
 
     def require_shape(self, layers: int, kv_heads: int, query_heads: int, name: str | Path) -> None:
-        """Raise `InputError` where the plan called `name` is for a model of another shape."""
+        """Raise `InputError` if the plan called `name` is for a model of another shape."""
         found = self.num_layers, self.num_key_value_heads, self.num_attention_heads
-        mine = layers, kv_heads, query_heads
-        if found != mine:
-            raise InputError(f"{name} is for {found} layers, KV heads and query heads, the model has {mine}")
+        expected = layers, kv_heads, query_heads
+        if found != expected:
+            raise InputError(f"{name} is for {found} layers, KV heads and query heads, the model has {expected}")
 
     def held(self, seen: int) -> int:
         """Slots held after `seen` tokens, summed over layers and KV heads."""
@@ -143,24 +149,22 @@ class RetentionPlan:
     def load(cls, path: str | Path) -> "RetentionPlan":
         """Read a plan file. Raises `InputError` that names the file and its first defect."""
         if Path(path).suffix == ".safetensors":
-            raise InputError(f"{path} is no plan file, which would be JSON; of prices `kvcompress plan` makes one")
+            raise InputError(
+                f"{path} holds prices, not a plan; run `kvcompress plan --sensitivity {path}` to make a plan"
+            )
         file = read_model(path, PlanFile)
         rows = sorted(file.heads, key=lambda head: (head.layer, head.kv_head))
-        kept, width = [head.config.retention for head in rows], file.model.num_key_value_heads
+        kept, width = [head.retention for head in rows], file.model.num_key_value_heads
         layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
         return cls(layers, file.model.num_attention_heads, file.model.id, file.policy, file.budget, file.made_from)
 
     def save(self, path: str | Path) -> None:
-        """Write a plan file, one line a head."""
-        heads = []
-        for i, layer in enumerate(self.layers):
-            for j, kept in enumerate(layer):
-                config = HeadCompressionConfig.of(i, j, kept)
-                row = {"layer": i, "kv_head": j, "strategy": config.strategy}
-                row |= {"sink_size": config.sink_size, "window_size": config.window_size}
-                if kept.chosen:
-                    row |= {"select_size": config.select_size, "score": config.score}
-                heads.append(dumps(row))
+        """Write a plan file, one line for each head."""
+        heads = [
+            dumps({"layer": i, "kv_head": j, **kept.to_row()})
+            for i, layer in enumerate(self.layers)
+            for j, kept in enumerate(layer)
+        ]
         model = {
             "id": self.model_id,
             "num_layers": self.num_layers,

@@ -1,39 +1,113 @@
-"""What a KV head may keep: the one word that analysis, cache and reports all speak.
+"""Retention: the keys that one KV head may keep. The shared definition of analysis, cache and reports.
 
-The definition (everything else must agree with it): with `sinks` s and `window` w, the query at position p sees the
-keys {0 ... s-1} and {p-w+1 ... p}, its own key included. Positions are those of the full sequence and are never
-renumbered. A window of -1 has no bound; a pruned head sees nothing, holds nothing and contributes exactly zero.
+With `sinks` s and `window` w, the query at position p sees the keys {0 ... s-1} and {p-w+1 ... p}, its own key included.
+Positions are those of the full sequence and are never renumbered. A window of -1 is unbounded; a pruned head sees nothing,
+holds nothing and contributes exactly zero.
 
-A head with `chosen` k > 0 (strategy `select`) sees k older keys besides, those that the score ranks highest. Which ones
-depends on the text, so positions alone cannot say it: `positions` and `sees` are the part that is certain, the cache
-records the rest (`kvcompress.scores.selection_rule`). Until s + w + k tokens were seen such a head sees all of them.
+A head with `chosen` k > 0 (strategy `select`) also sees the k older keys that its score ranks highest. They depend on the
+text, so `positions` and `sees` cover sinks and window only, and the cache records the chosen keys. Until s + w + k tokens
+were seen, such a head sees all of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kvcompress.core.errors import InputError
 
 Strategy = Literal["sink_window", "window_only", "full", "prune", "select"]
 STRATEGIES: tuple[Strategy, ...] = ("sink_window", "window_only", "full", "prune", "select")
-# "none" is the published classifications' word for "not decided: keep all", "snapkv" theirs for select with that score.
+# Words of the published classification files: "none" means full, "snapkv" means select with that score.
 ALIASES: dict[str, Strategy] = {"none": "full", "snapkv": "select"}
-ALIAS_SCORE = "snapkv"  # what an alias of select ranks by where no score is named
+ALIAS_SCORE = "snapkv"  # score of an alias of select that names none
 UNBOUNDED = -1
 
 
-class Retention(NamedTuple):
-    """Numbers of sinks, of recent and of chosen keys that one KV head keeps.
+def without_alias(strategy: str, score: str) -> tuple[str, str]:
+    """Translate a strategy of the published files; others are returned as they are."""
+    if strategy not in ALIASES:
+        return strategy, score
+    return ALIASES[strategy], score or (ALIAS_SCORE if ALIASES[strategy] == "select" else "")
 
-    Window -1 is unbounded, window 0 is pruned. `score` names what ranks the `chosen` keys (`kvcompress.scores`); it is
-    empty where none is chosen.
-    """
 
+class _Fields(NamedTuple):
     sinks: int
     window: int
     chosen: int = 0
     score: str = ""
+
+
+class Retention(_Fields):
+    """Keys that one KV head keeps.
+
+    Parameters
+    ----------
+    sinks: number of first keys.
+    window: number of most recent keys; -1 is unbounded, 0 is pruned.
+    chosen: number of other keys, chosen by `score` [default: 0].
+    score: name of the score that ranks them (`kvcompress.scores`); empty without chosen keys [default: ""].
+
+    Raises `InputError` for numbers that contradict each other.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, sinks: int, window: int, chosen: int = 0, score: str = "") -> "Retention":
+        self = super().__new__(cls, sinks, window, chosen, score)
+        if self.sinks < 0 or self.window < UNBOUNDED or (self.pruned and self.sinks):
+            raise InputError(
+                f"invalid retention: {self.sinks} sinks with window {self.window}; sinks must be at least 0, the window"
+                " at least 1, -1 (unbounded), or 0 without sinks (pruned)"
+            )
+        if self.chosen < 0 or (self.chosen and self.window < 1) or (self.chosen > 0) != bool(self.score):
+            raise InputError(
+                f"invalid retention: {self.chosen} chosen keys by score {self.score!r} with window {self.window};"
+                " expected none without a score, or at least 1 with a score and a window of at least 1"
+            )
+        return self
+
+    @classmethod
+    def from_row(
+        cls, strategy: str, sink_size: int, window_size: int, select_size: int = 0, score: str = ""
+    ) -> "Retention":
+        """Read the fields of a plan or classification file.
+
+        `window_only` ignores `sink_size`; `full` and `prune` ignore both sizes; a window of -1 is full whatever the
+        strategy. Raises `InputError` for an unknown strategy or for sizes that contradict it.
+        """
+        strategy, score = without_alias(strategy, score)
+        if strategy not in STRATEGIES:
+            raise InputError(f"unknown strategy {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        if sink_size < 0:
+            raise InputError(f"sink_size is {sink_size}, expected 0 or more")
+        if strategy != "select" and (select_size or score):
+            raise InputError(
+                f"select_size {select_size} and score {score!r} belong to strategy 'select', found {strategy!r}"
+            )
+        if select_size < 0 or (select_size and not score):
+            raise InputError(
+                f"select_size is {select_size} with score {score!r}, expected 0, or 1 or more with a score"
+            )
+        if strategy == "prune":
+            return PRUNED
+        if strategy == "full" or window_size == UNBOUNDED:
+            return FULL
+        if window_size < 1:
+            raise InputError(f"window_size is {window_size}, expected at least 1, or -1 for no bound")
+        sinks = 0 if strategy == "window_only" else sink_size
+        return cls(sinks, window_size, select_size, score if select_size else "")
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the fields of a plan file; `select_size` and `score` only if keys are chosen."""
+        row = {"strategy": self.strategy, "sink_size": 0 if self.unbounded else self.sinks, "window_size": self.window}
+        return row | ({"select_size": self.chosen, "score": self.score} if self.chosen else {})
+
+    @property
+    def strategy(self) -> Strategy:
+        if self.pruned:
+            return "prune"
+        if self.unbounded:
+            return "full"
+        return "select" if self.chosen else "sink_window" if self.sinks else "window_only"
 
     @property
     def unbounded(self) -> bool:
@@ -45,7 +119,7 @@ class Retention(NamedTuple):
 
     @property
     def capacity(self) -> int | None:
-        """Most slots this head ever holds; None where it grows with the text."""
+        """Largest number of slots that this head ever holds; None if it grows with the text."""
         return None if self.unbounded else 0 if self.pruned else self.sinks + self.window + self.chosen
 
     def held(self, seen: int) -> int:
@@ -54,9 +128,10 @@ class Retention(NamedTuple):
         return seen if capacity is None else min(seen, capacity)
 
     def positions(self, seen: int) -> list[int]:
-        """Positions surely held after `seen` tokens, in order: what the next query finds before its own key is added.
+        """Positions held after `seen` tokens, in order, without chosen keys.
 
-        Of a head that selects these are sinks and window, and all while it has slots for all.
+        The next query finds these before its own key is added. For a head that selects they are sinks and window, or
+        all positions as long as it has slots for all.
         """
         if self.unbounded:
             return list(range(seen))
@@ -66,7 +141,7 @@ class Retention(NamedTuple):
         return [*range(min(self.sinks, recent)), *range(recent, seen)]
 
     def sees(self, query: int, key: int) -> bool:
-        """Whether the query at position `query` attends to the key at position `key`, chosen keys left aside."""
+        """True if the query at position `query` attends to the key at position `key`, without chosen keys."""
         if key > query or self.pruned:
             return False
         if self.chosen and self.held(query + 1) == query + 1:
@@ -74,115 +149,30 @@ class Retention(NamedTuple):
         return self.unbounded or key < self.sinks or key > query - self.window
 
 
-def require_possible(layers: Iterable[Iterable[Retention]]) -> None:
-    """Raise `InputError` that names the first head whose numbers mean nothing."""
-    for i, layer in enumerate(layers):
-        for j, kept in enumerate(layer):
-            if kept.sinks < 0 or kept.window < UNBOUNDED or (kept.pruned and kept.sinks):
-                raise InputError(
-                    f"layer {i}, head {j}: {kept.sinks} sinks and a window of {kept.window} mean nothing; expected sinks "
-                    "of at least 0 and a window of at least 1, -1 for no bound, or 0 with no sinks for a pruned head"
-                )
-            if kept.chosen < 0 or (kept.chosen and kept.window < 1) or (kept.chosen > 0) != bool(kept.score):
-                raise InputError(
-                    f"layer {i}, head {j}: {kept.chosen} chosen keys by score {kept.score!r} beside a window of "
-                    f"{kept.window} mean nothing; expected at least 1 with a score and a window of at least 1, or 0 with "
-                    "none"
-                )
-
-
 FULL = Retention(0, UNBOUNDED)
 PRUNED = Retention(0, 0)
 
 
-@dataclass(frozen=True)
-class HeadCompressionConfig:
-    """The seed's form of the same: strategy, sinks and window of one head.
+def union(heads: Sequence[Retention]) -> Retention:
+    """Join query heads to the least that contains each: the largest sinks, window and selection.
 
-    `head_idx` counts query heads in a classification and KV heads in a plan. `sink_window` keeps `sink_size` first and
-    `window_size` last keys, `window_only` drops the sinks, `full` keeps all, `prune` nothing; `select` keeps, beside
-    sinks and window, the `select_size` older keys that `score` ranks highest (the published word `snapkv` is `select`
-    with that score). A `window_size` of -1 has no bound. Raises `InputError` for an unknown strategy, a negative sink
-    size, a window that is neither -1 nor at least 1, or a selection without a score or under another strategy.
+    Raises `InputError` for heads that select by different scores, because no one selection contains both.
     """
-
-    layer_idx: int
-    head_idx: int
-    strategy: str = "full"
-    keep_sinks: bool = True
-    sink_size: int = 4
-    window_size: int = 8
-    select_size: int = 0
-    score: str = ""
-
-    def __post_init__(self) -> None:
-        where = f"layer {self.layer_idx}, head {self.head_idx}"
-        if self.strategy in ALIASES:
-            named = ALIASES[self.strategy]
-            if named == "select" and not self.score:
-                object.__setattr__(self, "score", ALIAS_SCORE)
-            object.__setattr__(self, "strategy", named)
-        if self.strategy not in STRATEGIES:
-            raise InputError(f"{where}: unknown strategy {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        if self.layer_idx < 0 or self.head_idx < 0:
-            raise InputError(f"{where}: layer and head are counted from 0")
-        if self.sink_size < 0:
-            raise InputError(f"{where}: sink_size is {self.sink_size}, expected 0 or more")
-        bounded = self.strategy in ("sink_window", "window_only", "select")
-        if bounded and self.window_size != UNBOUNDED and self.window_size < 1:
-            raise InputError(f"{where}: window_size is {self.window_size}, expected at least 1, or -1 for no bound")
-        if self.strategy != "select" and (self.select_size or self.score):
-            raise InputError(
-                f"{where}: select_size {self.select_size} and score {self.score!r} belong to strategy 'select', found"
-                f" {self.strategy!r}"
-            )
-        if self.select_size < 0 or (self.select_size and not self.score):
-            raise InputError(
-                f"{where}: select_size is {self.select_size} with score {self.score!r}, expected 0 or more, and a score"
-                " for more than 0"
-            )
-
-    @property
-    def retention(self) -> Retention:
-        if self.strategy == "prune":
-            return PRUNED
-        if self.strategy == "full" or self.window_size == UNBOUNDED:
-            return FULL
-        sinks = self.sink_size if self.strategy != "window_only" and self.keep_sinks else 0
-        return Retention(sinks, self.window_size, self.select_size, self.score if self.select_size else "")
-
-    @classmethod
-    def of(cls, layer: int, head: int, kept: Retention) -> "HeadCompressionConfig":
-        """The config that says the same as a `Retention`."""
-        if kept.pruned:
-            return cls(layer, head, "prune", False, 0, 0)
-        if kept.unbounded:
-            return cls(layer, head, "full", False, 0, UNBOUNDED)
-        if kept.chosen:
-            return cls(layer, head, "select", kept.sinks > 0, *kept)
-        return cls(layer, head, "sink_window" if kept.sinks else "window_only", kept.sinks > 0, kept.sinks, kept.window)
-
-
-def union(wishes: Sequence[Retention]) -> Retention:
-    """The least that contains every wish: the largest window and selection, sinks if any query head wants them.
-
-    Raises `InputError` where wishes select by different scores: no one choice contains both.
-    """
-    if any(kept.unbounded for kept in wishes):
+    if any(kept.unbounded for kept in heads):
         return FULL
-    most = max(kept.chosen for kept in wishes)
-    sinks, window = max(kept.sinks for kept in wishes), max(kept.window for kept in wishes)
-    return Retention(sinks, window, most, _one_score(wishes) if most else "")
+    most = max(kept.chosen for kept in heads)
+    sinks, window = max(kept.sinks for kept in heads), max(kept.window for kept in heads)
+    return Retention(sinks, window, most, _one_score(heads) if most else "")
 
 
-def intersection(wishes: Sequence[Retention]) -> Retention:
-    """The most that every wish allows: the smallest window and selection, sinks only if all want them.
+def intersection(heads: Sequence[Retention]) -> Retention:
+    """Join query heads to the most that each allows: the smallest sinks, window and selection; pruned if any is.
 
-    Pruned if any is. Raises `InputError` where all select, by different scores.
+    Raises `InputError` if all select, by different scores.
     """
-    if any(kept.pruned for kept in wishes):
+    if any(kept.pruned for kept in heads):
         return PRUNED
-    bounded = [kept for kept in wishes if not kept.unbounded]
+    bounded = [kept for kept in heads if not kept.unbounded]
     if not bounded:
         return FULL
     least = min(kept.chosen for kept in bounded)
@@ -190,8 +180,8 @@ def intersection(wishes: Sequence[Retention]) -> Retention:
     return Retention(sinks, window, least, _one_score(bounded) if least else "")
 
 
-def _one_score(wishes: Sequence[Retention]) -> str:
-    scores = sorted({kept.score for kept in wishes if kept.chosen})
+def _one_score(heads: Sequence[Retention]) -> str:
+    scores = sorted({kept.score for kept in heads if kept.chosen})
     if len(scores) > 1:
         raise InputError(f"query heads of one KV head select by {' and '.join(scores)}, expected one score")
     return scores[0]
@@ -200,27 +190,26 @@ def _one_score(wishes: Sequence[Retention]) -> str:
 JOINS: dict[str, Callable[[Sequence[Retention]], Retention]] = {"union": union, "intersection": intersection}
 
 
-def join_query_heads(wishes: Sequence[Retention], kv_heads: int, rule: str = "union") -> list[Retention]:
-    """One layer's query-head wishes -> its KV heads' retention, `len(wishes) / kv_heads` query heads to each."""
+def join_query_heads(heads: Sequence[Retention], kv_heads: int, rule: str = "union") -> list[Retention]:
+    """Join one layer's query heads into `kv_heads` KV heads, each serving `len(heads) / kv_heads` neighbours."""
     if rule not in JOINS:
         raise InputError(f"unknown rule {rule!r} for joining query heads, expected one of {', '.join(JOINS)}")
-    if kv_heads < 1 or len(wishes) % kv_heads:
-        raise InputError(f"{len(wishes)} query heads cannot be shared by {kv_heads} KV heads")
-    group = len(wishes) // kv_heads
-    return [JOINS[rule](wishes[head * group : (head + 1) * group]) for head in range(kv_heads)]
+    if kv_heads < 1 or len(heads) % kv_heads:
+        raise InputError(f"{len(heads)} query heads cannot be shared by {kv_heads} KV heads")
+    group = len(heads) // kv_heads
+    return [JOINS[rule](heads[head * group : (head + 1) * group]) for head in range(kv_heads)]
 
 
-def require_each_once(found: Iterable[tuple[int, int]], wanted: set[tuple[int, int]], what: str) -> None:
-    """Raise ValueError unless `found` is `wanted`, each (layer, head) once; names the first that is off."""
-    rest = set(wanted)
+def require_each_once(found: Iterable[tuple[int, int]], expected: set[tuple[int, int]], what: str) -> None:
+    """Raise ValueError unless `found` is `expected`, each (layer, head) once; names the first that differs."""
+    rest = set(expected)
     for layer, head in found:
-        if (layer, head) not in wanted:
+        if (layer, head) not in expected:
             raise ValueError(f"{what} {head} of layer {layer} does not exist in this model")
         if (layer, head) not in rest:
-            raise ValueError(f"{what} {head} of layer {layer} stands there twice")
+            raise ValueError(f"{what} {head} of layer {layer} occurs twice")
         rest.discard((layer, head))
     if rest:
         layer, head = min(rest)
-        raise ValueError(
-            f"{what} {head} of layer {layer} is missing" + (f" (and {len(rest) - 1} more)" if rest else "")
-        )
+        others = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
+        raise ValueError(f"{what} {head} of layer {layer} is missing{others}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.core.errors import InputError
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.benchmark_params import BASELINES, FULL, HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.methods.compressor import Compressor
@@ -14,7 +15,7 @@ from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.methods.l2_compress import L2Compressor
 from kvcompress.methods.recent_only import RecentOnlyCompressor
 from kvcompress.methods.streaming_llm import StreamingLLMCompressor
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.reference_plans import class_table_plan
 
 SKIPPED = (0, 1)  # layers that the L2 methods leave full
@@ -67,7 +68,7 @@ def baseline(method: str, layers: int, params: BenchmarkParams) -> Entrant:
 
 def head_aware(name: str, plan: RetentionPlan, where: str | Path, config: Any) -> Entrant:
     """An entrant for a plan. Raises `InputError` where the plan from `where` is for a model of another shape."""
-    shape = model_shape(config)
+    shape = Architecture.of_config(config)
     plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, where)
     return Entrant(name, HEAD_AWARE, f"plan: {plan.policy}", HeadAwareCompressor.from_plan(plan), plan)
 
@@ -93,11 +94,13 @@ def entrants_for(
     """
     require_known(methods)
     found = [Entrant(FULL, FULL, "DynamicCache, SDPA")]
-    layers = model_shape(config).num_layers
+    layers = Architecture.of_config(config).num_layers
     found += [baseline(method, layers, params) for method in BASELINES if method in methods]
     if HEAD_AWARE in methods:
         if classifications is not None:
-            table = class_table_plan(classifications, model_shape(config).num_key_value_heads)
+            table = class_table_plan(
+                load_classifications(classifications), Architecture.of_config(config).num_key_value_heads
+            )
             found.append(head_aware(HEAD_AWARE, table, classifications, config))
         for path in plans:
             name = f"{HEAD_AWARE} {Path(path).stem}"

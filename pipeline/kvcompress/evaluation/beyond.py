@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.evaluation.perplexity import streaming_cache
 from kvcompress.methods import HeadAwareCompressor, RecentOnlyCompressor, StreamingLLMCompressor
 from kvcompress.methods.compressor import Compressor
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import over_parts, part_of
-from kvcompress.models.load import input_device, model_shape
+from kvcompress.models.architecture import Architecture
+from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import sum_over_shards
 from kvcompress.planning.reference_plans import class_table_plan
 
 WINDOW = 1024  # predicted tokens a point
@@ -31,7 +33,9 @@ def beyond_contenders(config: Any, classifications: str | None, size: int) -> di
         f"0 + {size}, positions of the text": RecentOnlyCompressor(size),
     }
     if classifications:
-        plan = class_table_plan(classifications, model_shape(config).num_key_value_heads)
+        plan = class_table_plan(
+            load_classifications(classifications), Architecture.of_config(config).num_key_value_heads
+        )
         contenders["class table, positions of the text"] = HeadAwareCompressor.from_plan(plan)
     return contenders
 
@@ -64,7 +68,7 @@ def stream(
                     bar.update(len(chunk))
             found[i] = torch.from_numpy(np.stack([np.concatenate(nll), held], axis=1))
     for name, measured in zip(names, distributed.in_order(found, len(names)), strict=True):
-        losses, bytes_held = measured[:, 0].numpy(), over_parts(measured[:, 1], part_of(model.config)).numpy()
+        losses, bytes_held = measured[:, 0].numpy(), sum_over_shards(measured[:, 1], model.config).numpy()
         for first in range(0, len(losses) - WINDOW + 1, WINDOW):
             last = first + WINDOW
             mean = round(float(losses[first:last].mean()), 4)

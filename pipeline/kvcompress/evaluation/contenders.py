@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_classes import HeadType, load_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.params import AblationParams
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models.load import ModelShape, model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.reference_plans import class_table_plan, inverted, per_layer, shuffled, uniform_at
-from kvcompress.scores.selection_rule import Choosing, evidence_slots
+from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 
 FULL_CACHE, UNIFORM = "full cache", "uniform sink + window"
 # Wider windows for the class table, as a milder reading of the same classes.
@@ -44,14 +44,14 @@ def of_plan(
     ablation: str,
     plan: RetentionPlan,
     rival: str | None = None,
-    choosing: Choosing | None = None,
+    choosing: SelectionRule | None = None,
 ) -> Contender:
     capacities = [kept.capacity for layer in plan.layers for kept in layer if kept.capacity is not None]
     compressor = HeadAwareCompressor.from_plan(plan, choosing=choosing)
     return Contender(name, family, ablation, compressor, min(capacities, default=0), plan, rival)
 
 
-def full_cache(shape: ModelShape) -> Contender:
+def full_cache(shape: Architecture) -> Contender:
     kept = RetentionPlan.uniform(FULL, shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads)
     return of_plan(FULL_CACHE, "full", "all", kept)
 
@@ -61,7 +61,7 @@ def with_rival(name: str, family: str, ablation: str, plan: RetentionPlan, token
     rival = f"uniform = {name}"
     return [
         of_plan(name, family, ablation, plan, rival),
-        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens, more=evidence_slots(plan))),
+        of_plan(rival, UNIFORM, ablation, uniform_at(plan, tokens, more=kept_query_slots(plan))),
     ]
 
 
@@ -70,12 +70,12 @@ def plan_contenders(config: Any, tokens: int, paths: Iterable[str | Path]) -> di
 
     Raises `InputError` where a plan is for a model of another shape.
     """
-    shape = model_shape(config)
+    shape = Architecture.of_config(config)
     found, rivals = [full_cache(shape)], dict[int, str]()
     for path in paths:
         plan, name = RetentionPlan.load(path), Path(path).stem
         plan.require_shape(shape.num_layers, shape.num_key_value_heads, shape.num_attention_heads, path)
-        held = plan.held(tokens) + evidence_slots(plan)
+        held = plan.held(tokens) + kept_query_slots(plan)
         if held in rivals:
             found.append(of_plan(name, plan.policy, "plans", plan, rivals[held]))
         else:
@@ -88,7 +88,7 @@ class Field:
     """The contenders of the seed's ablations for one model; documents have `params.max_tokens` tokens."""
 
     def __init__(self, config: Any, params: AblationParams) -> None:
-        self.shape, self.params = model_shape(config), params
+        self.shape, self.params = Architecture.of_config(config), params
 
     def uniform(self, sinks: int, window: int) -> RetentionPlan:
         shape = self.shape
@@ -124,10 +124,11 @@ class Field:
     def head_aware(self, classifications: str | Path) -> list[Contender]:
         """The class table and its variants, each with its rival, and the controls of the table."""
         heads = self.shape.num_key_value_heads
-        table = class_table_plan(classifications, heads)
+        file = load_classifications(classifications)
+        table = class_table_plan(file, heads)
         found = []
         for name, windows in (("class table", {}), ("class table, wide", WIDE), ("class table, bold", BOLD)):
-            plan = class_table_plan(classifications, heads, windows)
+            plan = class_table_plan(file, heads, windows)
             found += with_rival(name, "class table", "head_aware", plan, self.params.max_tokens)
         rival = found[1].name
         for seed in range(self.params.random_seeds):

@@ -15,7 +15,7 @@ from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.evaluation.benchmark_params import FULL, BenchmarkParams
 from kvcompress.evaluation.decode_steps import DENSE, appended, measure, plan_of
-from kvcompress.scores.selection_rule import evidence_slots
+from kvcompress.scores.selection_rule import kept_query_slots
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -53,7 +53,7 @@ def decode_growth(
     queries are left out: these caches are filled with random keys, which no queries ever asked for.
     """
     weights, rows = weight_bytes(model), []
-    plans = {name: plan for name, plan in plans.items() if not evidence_slots(plan)}
+    plans = {name: plan for name, plan in plans.items() if not kept_query_slots(plan)}
     cells = [(context, batch) for context in params.growth_contexts for batch in params.growth_batches]
     for context, batch in tqdm(cells, desc="decode growth", unit="cell", disable=not progress):
         uniform = plan_of(model.config, context, params.share, 0.0)

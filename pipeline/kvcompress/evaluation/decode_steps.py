@@ -24,7 +24,7 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.timing import Spread, devices_of, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 DENSE = "DynamicCache"
 WARM_UP = 2  # rounds that are thrown away
@@ -58,24 +58,24 @@ def plan_of(config: Any, context: int, share: float, full_heads: float) -> Reten
 
     Raises `InputError` where the full heads alone exceed the share.
     """
-    shape = ModelShape.of_config(config)
-    heads = shape.layers * shape.kv_heads
+    shape = Architecture.of_config(config)
+    heads = shape.num_layers * shape.num_key_value_heads
     full = [share == 1 or int((i + 1) * full_heads) > int(i * full_heads) for i in range(heads)]
     rest = heads - sum(full)
     slots = int((share * heads - sum(full)) * context / rest) if rest else 0
     if rest and slots < 5:
         raise InputError(f"{sum(full)} full heads of {heads} leave {slots} slots a head at a share of {share}")
     kept = [FULL if whole else Retention(4, slots - 4) for whole in full]
-    rows = tuple(tuple(kept[i : i + shape.kv_heads]) for i in range(0, heads, shape.kv_heads))
+    rows = tuple(tuple(kept[i : i + shape.num_key_value_heads]) for i in range(0, heads, shape.num_key_value_heads))
     return RetentionPlan(rows, config.num_attention_heads)
 
 
 def fill(cache: Any, config: Any, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Any:
     """Fill a cache with random keys and values as if `context` tokens had been seen."""
-    shape = ModelShape.of_config(config)
+    shape = Architecture.of_config(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for index in range(shape.layers):
-        keys, values = torch.randn(2, batch, shape.kv_heads, context, size, dtype=dtype, device=device)
+    for index in range(shape.num_layers):
+        keys, values = torch.randn(2, batch, shape.num_key_value_heads, context, size, dtype=dtype, device=device)
         layer = cache.layers[index]
         if isinstance(cache, DynamicCache):
             layer.update(keys, values)
@@ -116,10 +116,10 @@ def measure(
     caches |= {name: compressor.new_cache(config, "streaming") for name, compressor in compressors.items()}
     for cache in caches.values():
         fill(cache, config, batch, context, dtype, device)
-    shape = ModelShape.of_config(config)
+    shape = Architecture.of_config(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = torch.randn(batch, config.num_attention_heads, 1, size, dtype=dtype, device=device)
-    keys, values = torch.randn(2, batch, shape.kv_heads, 1, size, dtype=dtype, device=device)
+    keys, values = torch.randn(2, batch, shape.num_key_value_heads, 1, size, dtype=dtype, device=device)
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
     steps: dict[str, list[float]] = {name: [] for name in caches}
     alone: dict[str, list[float]] = {name: [] for name in caches}

@@ -21,8 +21,8 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.methods.compressor import Compressor, PlanCompressor
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import over_parts, part_of
 from kvcompress.models.load import input_device
+from kvcompress.models.tensor_parallel import sum_over_shards
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
 
@@ -160,7 +160,7 @@ def score_contenders(
         distributed.in_order(arrays, len(batch))
     ).numpy()  # [document, contender, measure, predicted token]
     costly = torch.stack(distributed.in_order(costs, len(batch)))
-    costly[..., :3] = over_parts(costly[..., :3], part_of(model.config))
+    costly[..., :3] = sum_over_shards(costly[..., :3], model.config)
     spending = costly.numpy()  # [document, contender, cost]
     texts = [text for text, _ in batch]
     return {

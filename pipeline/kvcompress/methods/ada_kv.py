@@ -13,7 +13,7 @@ from kvcompress.cache.select.ada_kv import AdaptiveLayer
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import Retention
 from kvcompress.methods.compressor import UniformCompressor, require_count, require_share
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 
 class AdaptiveCompressor(UniformCompressor):
@@ -35,12 +35,12 @@ class AdaptiveCompressor(UniformCompressor):
         window: int = 64,
         floor: float = 0.2,
         skip_layers: Iterable[int] = (),
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> None:
         sizes = require_count("sinks", sinks, 0), require_count("window", window, 1)
         require_count("slots", slots, sum(sizes) + 1)
         super().__init__(Retention(*sizes, slots - sum(sizes), score), skip_layers)
-        self.choosing, self.floor = choosing or Choosing(), require_share("floor", floor)
+        self.choosing, self.floor = choosing or SelectionRule(), require_share("floor", floor)
         self.choosing.score(score)
 
     def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:

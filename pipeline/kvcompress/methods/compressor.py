@@ -26,10 +26,10 @@ from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import FULL, Retention
-from kvcompress.models.architecture import ModelShape
-from kvcompress.models.head_shards import part_of
+from kvcompress.models.architecture import Architecture
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.models.tensor_parallel import shard_of
+from kvcompress.scores.selection_rule import SelectionRule
 
 Positions = Literal["original", "cache"]
 
@@ -53,8 +53,8 @@ class Compressor(ABC):
         return False
 
     @abstractmethod
-    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        """Empty layers for a model, of the heads that are this process's (`shared.part`, nearly always all).
+    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
+        """Empty layers for a model, of the heads that are this process's (`shared.shard`, nearly always all).
 
         Raises `InputError` where the method was made for another architecture.
         """
@@ -64,11 +64,11 @@ class Compressor(ABC):
 
         `prefill="exact"`: the prompt attends in full, then every head forgets; the prompt is the first forward pass,
         or the first `prompt_length` tokens (padded columns) where it is fed in chunks. `"streaming"`: every query sees
-        its head's keys alone, and memory is bounded at any length. Of a model split among processes (`kvcompress.models.head_shards`)
+        its head's keys alone, and memory is bounded at any length. Of a model split among processes (`kvcompress.models.tensor_parallel`)
         it is for this process's heads.
         """
         shared = self._shared(config, prefill, prompt_length)
-        return self._cache(ModelShape.of_config(config), shared)
+        return self._cache(Architecture.of_config(config), shared)
 
     def compress(self, past_key_values: Cache, attention_mask: Tensor | None = None, config: Any = None) -> RaggedCache:
         """A `DynamicCache` -> the compressed cache with what this method keeps of it; idempotent.
@@ -85,7 +85,7 @@ class Compressor(ABC):
         if config is None and self.positions == "cache":
             raise InputError('positions="cache" has to know the rotary embedding: pass config=model.config to compress')
         shared = self._shared(config)
-        shape = ModelShape.of_cache(past_key_values, shared.part.count)
+        shape = Architecture.of_cache(past_key_values, shared.shard.count)
         cache = self._cache(shape, shared)
         return convert(past_key_values, cache, attention_mask)
 
@@ -95,33 +95,33 @@ class Compressor(ABC):
 
         Raises `InputError` or `UnsupportedModelError` if this method cannot serve the model.
         """
-        self._cache(ModelShape.of_config(model.config), self._shared(model.config))
+        self._cache(Architecture.of_config(model.config), self._shared(model.config))
         with dispatch.attached(model):
             yield model
 
-    def _cache(self, shape: ModelShape, shared: Shared) -> RaggedCache:
+    def _cache(self, shape: Architecture, shared: Shared) -> RaggedCache:
         for layer in self.skip_layers:
-            if not 0 <= layer < shape.layers:
-                raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {shape.layers - 1}")
+            if not 0 <= layer < shape.num_layers:
+                raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {shape.num_layers - 1}")
         return RaggedCache(self.layers(shape, shared), shared, maker=self)
 
     def _shared(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> Shared:
         rotation, choosing = self._rotation(config), self._choosing(config)
-        return Shared(prefill, prompt_length, rotation, choosing=choosing, part=part_of(config))
+        return Shared(prefill, prompt_length, rotation, choosing=choosing, shard=shard_of(config))
 
     def _rotation(self, config: Any) -> Rotation | None:
         return Rotation.of(config) if self.positions == "cache" else None
 
-    def _choosing(self, config: Any) -> Choosing:
+    def _choosing(self, config: Any) -> SelectionRule:
         """How heads that select do it, for the model with this config (None: not known)."""
-        return Choosing()
+        return SelectionRule()
 
     def _require_own(self, cache: RaggedCache) -> None:
         """Raise unless `cache` keeps what this method would keep."""
-        layers, part = cache.compressed_layers, cache.shared.part
+        layers, shard = cache.compressed_layers, cache.shared.shard
         limits = tuple(layer.limit for layer in layers)
-        shape = ModelShape(len(layers), layers[0].heads * part.count, None, limits)
-        wanted = self._cache(shape, Shared(choosing=self._choosing(None), part=part)).compressed_layers
+        shape = Architecture(len(layers), layers[0].heads * shard.count, limits)
+        wanted = self._cache(shape, Shared(choosing=self._choosing(None), shard=shard)).compressed_layers
         renumbered = cache.shared.rotation is not None
         same = all(layer.keeps_like(other) for layer, other in zip(layers, wanted, strict=True))
         if not same or renumbered != (self.positions == "cache"):
@@ -134,20 +134,22 @@ class PlanCompressor(Compressor):
     `choosing`: how heads that select choose; the model's rotary embedding is added to it where a score needs that.
     """
 
-    choosing = Choosing()
+    choosing = SelectionRule()
 
     @abstractmethod
-    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
+    def kept(self, shape: Architecture) -> Sequence[Sequence[Retention]]:
         """`[layer][kv_head]`, before `skip_layers`."""
 
-    def retention(self, shape: ModelShape) -> list[list[Retention]]:
+    def retention(self, shape: Architecture) -> list[list[Retention]]:
         """What each KV head of a model keeps, `[layer][kv_head]`, skipped layers full."""
         kept = self.kept(shape)
-        return [[FULL] * shape.kv_heads if i in self.skip_layers else list(layer) for i, layer in enumerate(kept)]
+        return [
+            [FULL] * shape.num_key_value_heads if i in self.skip_layers else list(layer) for i, layer in enumerate(kept)
+        ]
 
-    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        own = shared.part.own(shape.kv_heads)
-        rows = zip((kept[own] for kept in self.retention(shape)), shape.limits, strict=True)
+    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
+        own = shared.shard.own(shape.num_key_value_heads)
+        rows = zip((kept[own] for kept in self.retention(shape)), shape.sliding_windows, strict=True)
         return [self.layer(kept, shared, limit) for kept, limit in rows]
 
     def layer(self, kept: Sequence[Retention], shared: Shared, limit: int | None) -> CompressedLayer:
@@ -163,7 +165,7 @@ class PlanCompressor(Compressor):
     def needs_queries(self) -> bool:
         return any(self.choosing.score(name).needs_queries for name in self.scores())
 
-    def _choosing(self, config: Any) -> Choosing:
+    def _choosing(self, config: Any) -> SelectionRule:
         for name in sorted(self.scores()):
             if self.choosing.score(name).needs_rotation and config is not None:
                 return replace(self.choosing, rotation=Rotation.of(config, f"score {name!r}"))
@@ -177,8 +179,8 @@ class UniformCompressor(PlanCompressor):
         super().__init__(skip_layers, positions)
         self.uniform = uniform
 
-    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
-        return [[self.uniform] * shape.kv_heads] * shape.layers
+    def kept(self, shape: Architecture) -> Sequence[Sequence[Retention]]:
+        return [[self.uniform] * shape.num_key_value_heads] * shape.num_layers
 
     def scores(self) -> set[str]:
         return {self.uniform.score} - {""}

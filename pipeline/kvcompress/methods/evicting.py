@@ -10,7 +10,7 @@ from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.core.errors import InputError
 from kvcompress.core.retention import FULL
 from kvcompress.methods.compressor import Compressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 
 class SelectingCompressor(Compressor):
@@ -20,13 +20,13 @@ class SelectingCompressor(Compressor):
         super().__init__(skip_layers)
         self.choose = choose
 
-    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        heads = shape.kv_heads // shared.part.count
+    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
+        heads = shape.num_key_value_heads // shared.shard.count
         return [
             RaggedLayer([FULL] * heads, shared, limit)
             if index in self.skip_layers
             else SelectingLayer(heads, shared, self.choose, limit)
-            for index, limit in enumerate(shape.limits)
+            for index, limit in enumerate(shape.sliding_windows)
         ]
 
     def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:

@@ -17,7 +17,7 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.methods.compressor import require_count, require_share
 from kvcompress.methods.evicting import SelectingCompressor
-from kvcompress.models.architecture import ModelShape
+from kvcompress.models.architecture import Architecture
 
 STRATEGIES = ("keep_low", "keep_high", "random")
 
@@ -73,8 +73,8 @@ class FixSizeL2Compressor(SelectingCompressor):
         super().__init__(FixedBudget(budget, recent, strategy, seed), skip_layers)
         self.strategy = strategy
 
-    def layers(self, shape: ModelShape, shared: Shared) -> Sequence[CompressedLayer]:
-        if self.strategy == "random" and shared.part.count > 1:
+    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
+        if self.strategy == "random" and shared.shard.count > 1:
             raise UnsupportedModelError(
                 "fix_size_l2 draws at random for all heads, of which a split model has but a part"
             )

@@ -7,6 +7,7 @@ that contains them all.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,46 @@ from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.core.retention import (
-    JOINS,
-    UNBOUNDED,
-    HeadCompressionConfig,
-    Retention,
-    join_query_heads,
-    require_possible,
-)
+from kvcompress.core.retention import FULL, JOINS, Retention, join_query_heads, without_alias
 from kvcompress.methods.compressor import PlanCompressor
-from kvcompress.models.architecture import ModelShape
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.models.architecture import Architecture
+from kvcompress.scores.selection_rule import SelectionRule
 
 __all__ = ["HeadAwareCompressor", "HeadCompressionConfig", "head_aware_compress"]
+
+
+@dataclass(frozen=True)
+class HeadCompressionConfig:
+    """Strategy, sinks and window of one head, with the seed's field names; a view of `retention`.
+
+    `head_idx` counts query heads in a classification and KV heads in a plan. `sink_window` keeps `sink_size` first and
+    `window_size` last keys, `window_only` drops the sinks, `full` keeps all keys, `prune` none; `select` also keeps the
+    `select_size` other keys that `score` ranks highest. A `window_size` of -1 is unbounded.
+    Raises `InputError` for an unknown strategy or sizes that contradict it.
+    """
+
+    layer_idx: int
+    head_idx: int
+    strategy: str = "full"
+    keep_sinks: bool = True
+    sink_size: int = 4
+    window_size: int = 8
+    select_size: int = 0
+    score: str = ""
+    retention: Retention = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        where = f"layer {self.layer_idx}, head {self.head_idx}"
+        if self.layer_idx < 0 or self.head_idx < 0:
+            raise InputError(f"{where}: layer and head are counted from 0")
+        strategy, score = without_alias(self.strategy, self.score)
+        sinks = self.sink_size if self.keep_sinks else 0
+        try:
+            kept = Retention.from_row(strategy, sinks, self.window_size, self.select_size, score)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        for name, value in (("strategy", strategy), ("score", score), ("retention", kept)):
+            object.__setattr__(self, name, value)
 
 
 class HeadAwareCompressor(PlanCompressor):
@@ -49,15 +77,14 @@ class HeadAwareCompressor(PlanCompressor):
         join: str = "union",
         skip_layers: Iterable[int] = (),
         made_for: int | None = None,
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> None:
         super().__init__(skip_layers)
-        self.choosing = choosing or Choosing()
+        self.choosing = choosing or SelectionRule()
         if not wishes or len({len(layer) for layer in wishes}) != 1:
             raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
         if join not in JOINS:
             raise InputError(f"unknown rule {join!r} for joining query heads, expected one of {', '.join(JOINS)}")
-        require_possible(wishes)
         self.wishes = tuple(tuple(layer) for layer in wishes)
         self.made_for = made_for
         self.query_heads, self.join = query_heads, join
@@ -70,7 +97,7 @@ class HeadAwareCompressor(PlanCompressor):
         path: str | Path,
         join: str = "union",
         skip_layers: Iterable[int] = (),
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
         """From a classification file, as this project or the published study wrote it. Raises `InputError`."""
         rows = load_classifications(path).layers
@@ -79,7 +106,7 @@ class HeadAwareCompressor(PlanCompressor):
 
     @classmethod
     def from_plan(
-        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: Choosing | None = None
+        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: SelectionRule | None = None
     ) -> "HeadAwareCompressor":
         """From a retention plan or its file. Raises `InputError`."""
         plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
@@ -96,33 +123,37 @@ class HeadAwareCompressor(PlanCompressor):
         skip_layers: Iterable[int] = (),
         select_size: int = 0,
         score: str = "",
-        choosing: Choosing | None = None,
+        choosing: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
         """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
-        shape = ModelShape.of_config(config)
+        shape = Architecture.of_config(config)
         sizes = sink_size, window_size, select_size
-        kept = HeadCompressionConfig(0, 0, default_strategy, True, *sizes, score=score).retention
-        wishes = [[kept] * shape.kv_heads] * shape.layers
+        kept = Retention.from_row(default_strategy, *sizes, score)
+        wishes = [[kept] * shape.num_key_value_heads] * shape.num_layers
         return cls(wishes, query_heads=False, skip_layers=skip_layers, choosing=choosing)
 
     def scores(self) -> set[str]:
         return {kept.score for layer in self.wishes for kept in layer if kept.chosen}
 
-    def kept(self, shape: ModelShape) -> Sequence[Sequence[Retention]]:
-        if len(self.wishes) != shape.layers:
-            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.layers}")
+    def kept(self, shape: Architecture) -> Sequence[Sequence[Retention]]:
+        if len(self.wishes) != shape.num_layers:
+            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.num_layers}")
         width = len(self.wishes[0])
         if not self.query_heads:
-            if width != shape.kv_heads:
-                raise InputError(f"this compressor is made for {width} KV heads a layer, not {shape.kv_heads}")
-            if None not in (self.made_for, shape.query_heads) and self.made_for != shape.query_heads:
+            if width != shape.num_key_value_heads:
                 raise InputError(
-                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.query_heads}"
+                    f"this compressor is made for {width} KV heads a layer, not {shape.num_key_value_heads}"
+                )
+            if self.made_for and shape.num_attention_heads not in (0, self.made_for):
+                raise InputError(
+                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.num_attention_heads}"
                 )
             return self.wishes
-        if shape.query_heads not in (None, width):
-            raise InputError(f"this compressor is made for {width} query heads a layer, not {shape.query_heads}")
-        return [join_query_heads(layer, shape.kv_heads, self.join) for layer in self.wishes]
+        if shape.num_attention_heads not in (0, width):
+            raise InputError(
+                f"this compressor is made for {width} query heads a layer, not {shape.num_attention_heads}"
+            )
+        return [join_query_heads(layer, shape.num_key_value_heads, self.join) for layer in self.wishes]
 
     def get_compression_summary(self) -> dict[str, Any]:
         """Counts over all heads (of `heads_are`), skipped layers counted as full.
@@ -130,9 +161,8 @@ class HeadAwareCompressor(PlanCompressor):
         `mean_bounded_slots` is the mean of sinks + window + chosen keys over the heads with a bound, None without such a
         head. `chosen_keys` and `scores` stand there only where heads select: keys chosen in all, and heads by score.
         """
-        full = Retention(0, UNBOUNDED)
-        heads = [full if i in self.skip_layers else kept for i, layer in enumerate(self.wishes) for kept in layer]
-        strategies = Counter(HeadCompressionConfig.of(0, 0, kept).strategy for kept in heads)
+        heads = [FULL if i in self.skip_layers else kept for i, layer in enumerate(self.wishes) for kept in layer]
+        strategies = Counter(kept.strategy for kept in heads)
         slots = [kept.capacity for kept in heads if kept.capacity]
         scores = Counter(kept.score for kept in heads if kept.chosen)
         selecting = {"chosen_keys": sum(kept.chosen for kept in heads), "scores": dict(sorted(scores.items()))}
@@ -174,6 +204,6 @@ def head_aware_compress(
         modified = Path(classifications_path).stat().st_mtime_ns if Path(classifications_path).is_file() else 0
         compressor = _of_classifications(str(classifications_path), modified, tuple(skip_layers))
     if compressor is None:
-        uniform = HeadCompressionConfig(0, 0, "sink_window", True, default_sink_size, default_window_size).retention
+        uniform = Retention.from_row("sink_window", default_sink_size, default_window_size)
         compressor = HeadAwareCompressor([[uniform] * num_heads] * num_layers, skip_layers=skip_layers)
     return compressor.compress(past_key_values)

@@ -1,24 +1,40 @@
-"""How a model comes to use another attention function, and what such a function must refuse."""
+"""Replaces a model's attention function through transformers' attention interface."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.head_shards import part_of
+from kvcompress.models.tensor_parallel import shard_of
 
-# What some models' attention does beside softmax(QK)V: a learned sink, a learned bias by distance.
+# Terms that some models' attention adds to softmax(QK)V: a learned sink, a learned bias by distance, a soft cap.
 LEARNED_TERMS = ("s_aux", "position_bias")
 CAPPED_OR_LEARNED = ("softcap", *LEARNED_TERMS)
 
 
-def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch `model` to a registered attention; `UnsupportedModelError` where it does not take another one.
+@contextmanager
+def replaced_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run `model` with the registered attention `name`; its own attention returns on exit and on any exception.
 
-    Also where it is one of several tensor-parallel parts and nobody said so (`kvcompress.models.tensor_parallel.share`).
+    Raises `UnsupportedModelError` as `use_attention` does.
     """
-    part_of(model.config)
+    before = model.config._attn_implementation
+    use_attention(model, name)
+    try:
+        yield
+    finally:
+        use_attention(model, before)
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch `model` to the registered attention `name`, for good.
+
+    Raises `UnsupportedModelError` for a model whose attention cannot be replaced, and for one shard of a tensor-parallel
+    model that was not announced by `kvcompress.models.tensor_parallel.share`.
+    """
+    shard_of(model.config)
     try:
         model.set_attn_implementation(name)
     except ValueError as error:
@@ -30,8 +46,8 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def refuse_terms(terms: tuple[str, ...], found: Mapping[str, Any], who: str) -> None:
-    """Raise `UnsupportedModelError` where a layer passes one of `terms` to an attention that does not know it."""
+def refuse_terms(terms: tuple[str, ...], found: Mapping[str, Any], reader: str) -> None:
+    """Raise `UnsupportedModelError` if a layer passes one of `terms` to an attention, `reader`, that ignores it."""
     for term in terms:
         if found.get(term) is not None:
-            raise UnsupportedModelError(f"{who} does not know the {term} that this model's attention uses")
+            raise UnsupportedModelError(f"{reader} does not know the {term} that this model's attention uses")

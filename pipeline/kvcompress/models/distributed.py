@@ -1,10 +1,10 @@
-"""Several processes share a stage's documents: which are mine, sums over all, results back in the documents' order.
+"""Shares the documents of a stage among several processes: documents of this process, sums over all, results in order.
 
-An overlay on torch.distributed for what torchrun starts; in one process every function here is the obvious nothing. Each
-process loads the model, works on its own documents, and ends up with the whole result; `rank` 0 alone writes it and shows
-a progress bar. Exchanged are float64 tensors, a few a stage: over NCCL where every process has a GPU, over gloo elsewhere.
+An overlay on torch.distributed for processes that torchrun starts; in one process every function does nothing. Each process
+loads the model, works on its own documents and ends up with the whole result; `rank` 0 alone writes it and shows a progress
+bar. Processes exchange a few float64 tensors a stage: over NCCL if every process has a GPU, else over gloo.
 
-Where the processes hold parts of one model (`kvcompress.models.head_shards`) there is nothing to share: each works on all documents.
+Processes that hold shards of one model (`kvcompress.models.tensor_parallel`) do not share documents: each works on all.
 
 A process that ends early ends the run: torchrun stops the others, and none writes before all have delivered.
 """
@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from kvcompress.core.errors import InputError, KVCompressError
 
-MEETING = timedelta(seconds=120)  # until all processes have found each other
-WAITING = timedelta(days=7)  # for the slowest process's documents; one that died is noticed by torchrun, at once
-DIMENSIONS = 8  # of a tensor that is exchanged, at most
+START_TIMEOUT = timedelta(seconds=120)  # until all processes have found each other
+TIMEOUT = timedelta(days=7)  # for the slowest process's documents; torchrun notices a dead process at once
+DIMENSIONS = 8  # most dimensions of a tensor that is exchanged
 
 
 @dataclass
 class Joined:
-    """The group that this process belongs to, on which device its tensors are exchanged, and what it holds."""
+    """Process group of this process, and the device on which tensors are exchanged."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ _joined: Joined | None = None
 
 
 def started() -> bool:
-    """Whether torchrun (or whoever sets its variables) started this process as one of several."""
+    """Return True if torchrun's variables say that this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -57,20 +57,20 @@ def size() -> int:
 
 
 def one_model() -> bool:
-    """Whether the processes hold parts of one model, so that all of them work on the same documents."""
+    """Return True if the processes hold shards of one model, so that all of them work on the same documents."""
     return _joined is not None and _joined.one_model
 
 
 def hold_one_model() -> None:
-    """From now on `one_model`; every process has to call this."""
+    """Make `one_model` true from now on. Every process has to call this."""
     assert _joined is not None
     _joined.one_model = True
 
 
 def join() -> None:
-    """Meet the other processes, where nobody else did so yet; nothing where there are none.
+    """Join the other processes, unless that was done before or there are none.
 
-    Raises `KVCompressError` where one does not come.
+    Raises `KVCompressError` if a process does not join in time.
     """
     global _joined
     if not started() or _joined:
@@ -79,26 +79,26 @@ def join() -> None:
     parent = os.getppid()
     try:
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=MEETING)
+            dist.init_process_group(backend, timeout=START_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise KVCompressError(f"the processes of this run did not find each other: {str(error)[:200]}") from error
-    group = dist.new_group(timeout=WAITING, backend=backend)
+    group = dist.new_group(timeout=TIMEOUT, backend=backend)
     _joined = Joined(dist.get_rank(), dist.get_world_size(), group, torch.device("cpu"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 def end_with(parent: int) -> None:
-    """End this process when its torchrun was killed, lest it write into the run that comes after."""
+    """End this process when its torchrun is killed, so that it cannot write into a later run."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def leave() -> bool:
-    """Part from the others once the result is whole; true in the one process that is to write it.
+    """Leave the group once the result is complete. Return True in the one process that writes it.
 
-    A process that failed does not part, it just ends.
+    A process that failed does not call this; it just ends.
     """
     global _joined
     first = rank() == 0
@@ -109,10 +109,10 @@ def leave() -> bool:
 
 
 def own_device(name: str) -> str:
-    """The device `name` of `model.device` for this process: the processes of a machine take its GPUs in turn.
+    """Return this process's device for `model.device`: the processes of a machine take its GPUs in turn.
 
-    A GPU may serve several, which a small model, bound by Python, leaves idle otherwise. Raises `InputError` where all
-    would share the one that is named.
+    Several may share a GPU, because a small model is bound by Python and leaves it idle. Raises `InputError` if a single
+    device is named for several processes.
     """
     if size() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
@@ -126,9 +126,9 @@ def own_device(name: str) -> str:
 
 
 def exchange_on(device: torch.device) -> None:
-    """Exchange tensors on `device` from now on, if every process of the run has a GPU for itself; all have to call this.
+    """Exchange tensors on `device` from now on, if every process has a GPU of its own. Every process has to call this.
 
-    Else they stay on the CPU: several processes on one GPU, or some without any, cannot take NCCL.
+    Otherwise they are exchanged on the CPU: NCCL needs one GPU for each process.
     """
     if _joined is None:
         return
@@ -142,10 +142,10 @@ def exchange_on(device: torch.device) -> None:
 
 
 def mine(costs: Sequence[float]) -> list[int]:
-    """Which of the items with these costs this process works on, ascending; every item belongs to one process.
+    """Return the indices of the items that this process works on, ascending; every item belongs to one process.
 
-    The dearest goes first, each to the process with the least so far, so that items of very different cost balance too.
-    Where the processes hold one model, every item is every process's.
+    Items are dealt from the costliest down, each to the process with the least total so far. If the processes hold one
+    model, every process works on all items.
     """
     if one_model():
         return list(range(len(costs)))
@@ -159,9 +159,9 @@ def mine(costs: Sequence[float]) -> list[int]:
 
 
 def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor (float64, the same shapes everywhere) summed over all processes, which all get the sums.
+    """Sum each tensor (float64, equal shapes in all processes) over all processes; every process gets the sums.
 
-    Where they hold one model each has done all the work, and there is nothing to add.
+    Processes that hold one model have each done all the work, and nothing is added.
     """
     if _joined is None or _joined.one_model:
         return dict(tensors)
@@ -171,10 +171,10 @@ def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_order(found: Mapping[int, Tensor], count: int) -> list[Tensor]:
-    """The tensors of items 0 ... `count` - 1, whoever made them, as float64 on the CPU; they may differ in shape.
+    """Return the tensors of items 0 ... `count` - 1 of all processes, float64 on the CPU; their shapes may differ.
 
-    `found` holds this process's own. Nothing is pickled: shapes go first, then one buffer that is zero wherever it is not
-    one's own; adding zeros changes no bit.
+    `found` holds the items of this process. Nothing is pickled: shapes go first, then one buffer that is zero except for a
+    process's own items. Adding zeros changes no bit.
     """
     if _joined is None or _joined.one_model:
         return [found[item].double().cpu() for item in range(count)]
@@ -192,7 +192,7 @@ def in_order(found: Mapping[int, Tensor], count: int) -> list[Tensor]:
 
 
 def add_up(own: Tensor) -> Tensor:
-    """Sum of a contiguous float64 tensor over all processes, on the CPU."""
+    """Sum a contiguous float64 tensor over all processes; returned on the CPU."""
     assert _joined is not None
     moved = own.to(_joined.device, torch.float64)
     try:
@@ -200,11 +200,11 @@ def add_up(own: Tensor) -> Tensor:
         return moved.cpu()
     except RuntimeError as error:
         raise KVCompressError(
-            f"process {_joined.rank} of {_joined.size} lost another one, whose own message says why"
+            f"process {_joined.rank} of {_joined.size} lost contact with another; the other process's message gives the cause"
         ) from error
 
 
 def progress(total: int, desc: str, unit: str, shown: bool = True) -> "tqdm[Any]":
-    """A progress bar over this process's own work; only process 0 shows it, and says of how many it is."""
+    """Return a progress bar over this process's own work, shown by process 0 alone."""
     label = desc if size() == 1 or one_model() else f"{desc}, 1 of {size()} processes"
     return tqdm(total=total, desc=label, unit=unit, disable=not shown or rank() > 0)

@@ -1,9 +1,9 @@
-"""Turning rotated queries by further positions, for a cache that counts positions inside itself.
+"""Rotary embedding: turns rotated queries and keys by further positions, for caches that renumber positions.
 
-Rotary embedding is a group of rotations: a vector rotated for position p becomes the one rotated for position c by
-turning it by c - p. The turn is made from the exact integer difference in float32, so the cache's renumbering adds no
-error that grows with the text. Known here is the rotary embedding on the first `dim` of each head's dimensions, half-split
-as Llama and GPT-NeoX lay it out, whose planes turn at speeds that do not depend on the length of the text.
+Rotary embedding is a group of rotations: turning a vector rotated for position p by c - p gives the vector rotated for
+position c. The turn is computed from the exact integer difference in float32, so the error does not grow with the text.
+Supported is the half-split layout of Llama and GPT-NeoX on the first `dim` dimensions of each head, with plane speeds that
+do not depend on the length of the text.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from kvcompress.core.errors import UnsupportedModelError
 
 # Model types whose keys reach the cache rotated in the half-split layout; others interleave or do not rotate.
 HALF_SPLIT = frozenset(("gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe", "stablelm"))
-# Kinds that scale the speeds of the planes, once and for all; yarn scales vectors too, which turning leaves as they are.
+# Types that scale the planes' speeds once for all lengths; yarn also scales vectors, which turning does not change.
 SCALED = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotations on the first `dim` dimensions of a head with base `theta` (RoFormer, arXiv 2104.09864).
+    """Rotation of the first `dim` dimensions of a head with base `theta` (RoFormer, arXiv 2104.09864).
 
-    speeds: radians a position of every plane, where they are not those of the base.
+    speeds: radians by which each plane turns a position, if they differ from those of the base [default: none].
     """
 
     dim: int
@@ -35,7 +35,7 @@ class Rotation:
 
     @classmethod
     def of(cls, config: Any, asker: str = 'positions="cache"') -> "Rotation":
-        """The rotation of a model. Raises `UnsupportedModelError`, in the name of who asks, where it is not known."""
+        """Read a transformers config. Raises `UnsupportedModelError` in the name of `asker` for an unknown rotation."""
         config = config.get_text_config(decoder=True)
         if config.model_type not in HALF_SPLIT:
             raise UnsupportedModelError(
@@ -54,7 +54,7 @@ class Rotation:
         return cls(dim, float(rope["rope_theta"]), speeds)
 
     def cos_sin(self, by: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the planes' angles at positions `by`, float32 `[..., dim / 2]` each."""
+        """Return cosines and sines of the planes' angles at positions `by`, float32 `[..., dim / 2]` each."""
         angles = by[..., None].float() * speeds_of(self, by.device)
         return angles.cos(), angles.sin()
 
@@ -63,7 +63,7 @@ class Rotation:
         return self.turn_by(vectors, *self.cos_sin(by))
 
     def turn_by(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn `[..., query, head_dim]` by angles with these cosines and sines, which broadcast against its planes."""
+        """Turn `[..., query, head_dim]` by angles given as cosines and sines, which broadcast against its planes."""
         rotated, rest = vectors[..., : self.dim].float(), vectors[..., self.dim :]
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat(
@@ -74,7 +74,7 @@ class Rotation:
 
 @lru_cache(maxsize=32)
 def speeds_of(rotation: Rotation, device: torch.device) -> Tensor:
-    """Radians by which each plane turns a position, float32 `[dim / 2]`."""
+    """Return the radians by which each plane turns a position, float32 `[dim / 2]`."""
     if rotation.speeds:
         return torch.tensor(rotation.speeds, device=device)
     return 1 / rotation.theta ** (torch.arange(0, rotation.dim, 2, dtype=torch.float32, device=device) / rotation.dim)

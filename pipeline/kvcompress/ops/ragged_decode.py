@@ -55,7 +55,7 @@ class Tuning:
         return cls(block) if group > 1 else cls(block, programs_per_processor=4, extra=10)
 
 
-class Part(NamedTuple):
+class GroupSlots(NamedTuple):
     """KV heads of a layer that lie in one pair of tensors, contiguous `[batch, len(heads), slot, head_dim]`.
 
     They hold the first `min(capacity, seen)` slots (capacity None: all seen). The first `sinks` never move, the others
@@ -69,7 +69,7 @@ class Part(NamedTuple):
     sinks: int = 0
 
 
-def table_of(parts: Sequence[Part], heads: int) -> Tensor:
+def table_of(parts: Sequence[GroupSlots], heads: int) -> Tensor:
     """The kernel's int64 table `[heads, 6]` on the parts' device; heads in no part hold nothing.
 
     It names addresses: make it anew once a tensor has moved.

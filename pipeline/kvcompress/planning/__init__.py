@@ -10,7 +10,7 @@ __all__ = ["make_plan"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # the function takes the place of the submodule of the same name
+    if name in __all__:  # the function replaces the submodule of the same name
         globals()[name] = getattr(import_module(f"kvcompress.planning.{name}"), name)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""How much cache a plan may spend: a share of the full cache, tokens for each head, or bytes."""
+"""Size of the cache that a plan may use: a share of the full cache, tokens for each head, or bytes."""
 
 import math
 import re
@@ -13,7 +13,7 @@ WRITTEN = re.compile(r"([0-9]*\.?[0-9]+)\s*(%|tokens?|[KMG]?i?B)", re.IGNORECASE
 
 @dataclass(frozen=True)
 class Budget:
-    """`kind` says what `value` counts: share of the full cache (0 ... 1), tokens for each KV head, or bytes of K and V."""
+    """`value` in the unit `kind`: share of the full cache (0 to 1), tokens for each KV head, or bytes of K and V."""
 
     kind: Literal["share", "tokens", "bytes"]
     value: float
@@ -27,7 +27,9 @@ class Budget:
             return cls("share", float(written)).checked(written)
         found = WRITTEN.fullmatch(written.strip()) if isinstance(written, str) else None
         if not found:
-            raise InputError(f"the budget is {written!r}, expected such as 0.25, '25%', '512 tokens' or '40 MB'")
+            raise InputError(
+                f"the budget is {written!r}, expected a value such as 0.25, '25%', '512 tokens' or '40 MB'"
+            )
         value, unit = float(found[1]), found[2].upper()
         if unit == "%":
             return cls("share", value / 100).checked(written)
@@ -36,22 +38,23 @@ class Budget:
         return cls("bytes", value * UNITS[unit]).checked(written)
 
     def checked(self, written: object) -> "Budget":
+        """Return self. Raises `InputError` for a budget of nothing, or a share above 1."""
         limit = 1 if self.kind == "share" else math.inf
         if not 0 < self.value <= limit:
-            raise InputError(f"the budget is {written!r}, expected more than nothing and at most the full cache")
+            raise InputError(f"the budget is {written!r}, expected more than 0 and at most the full cache")
         return self
 
     @property
     def label(self) -> str:
-        """For file names: `25`, `6.25` (percent), `512tokens`, `40MB`."""
+        """Part of file names: `25`, `6.25` (percent), `512tokens`, `40MB`."""
         if self.kind == "share":
             return f"{100 * self.value:g}"
         return f"{self.value:g}tokens" if self.kind == "tokens" else f"{self.value / 1e6:g}MB"
 
     def slots(self, heads: int, context: int, bytes_per_slot: int) -> int:
-        """Slots over all `heads` KV heads at a context of `context` tokens, at most the full cache's.
+        """Slots over all `heads` KV heads at a context of `context` tokens, at most those of the full cache.
 
-        `bytes_per_slot`: of one key and one value. Raises `InputError` where not even one slot a head is left.
+        bytes_per_slot: bytes of one key and one value. Raises `InputError` for less than one slot a head.
         """
         full = heads * context
         wanted = {
@@ -61,5 +64,7 @@ class Budget:
         }[self.kind]
         found = min(int(wanted + 1e-6), full)
         if found < heads:
-            raise InputError(f"a budget of {self.value:g} ({self.kind}) leaves less than one slot for each KV head")
+            raise InputError(
+                f"a budget of {self.value:g} ({self.kind}) leaves less than one slot for each of {heads} KV heads"
+            )
         return found

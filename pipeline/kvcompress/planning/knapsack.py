@@ -1,9 +1,9 @@
-"""Spending slots where they buy most: the fractional knapsack over the heads' price curves.
+"""Division of slots among heads by price: the fractional knapsack over the heads' price curves.
 
-A head's price falls with its slots. On the lower convex hull of its curve every piece buys at a rate of its own, and the
-rates fall from piece to piece; so the best division of a budget takes the pieces of all heads in the order of their
-rates until nothing is left (Dantzig 1957; the same as one price of memory, lambda, for all heads). At most one piece is
-taken in part, and the sum is exact.
+The price of a head falls with its slots. On the lower convex hull of the curve every piece has a rate, price for each slot,
+and the rates fall from piece to piece. The best division of a budget therefore takes the pieces of all heads in the order
+of their rates until no slot is left (Dantzig 1957; equivalent to one price of memory, lambda, for all heads). At most one
+piece is taken in part, and the sum is exact.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Piece(NamedTuple):
-    """From `low` to `high` slots the price of head `head` falls by `rate` a slot."""
+    """Fall of the price of `head` by `rate` for each slot from `low` to `high` slots."""
 
     rate: float
     head: int
@@ -38,7 +38,7 @@ def hull(sizes: np.ndarray, prices: np.ndarray) -> list[int]:
 
 
 def pieces(sizes: np.ndarray, prices: np.ndarray) -> list[Piece]:
-    """All heads' pieces that buy anything, best rate first; `sizes` `[size]` ascending, `prices` `[size, head]`."""
+    """Pieces of all heads with a positive rate, best first. sizes: `[size]`, ascending. prices: `[size, head]`."""
     found = []
     for head in range(prices.shape[1]):
         curve = np.minimum.accumulate(prices[:, head])
@@ -50,23 +50,21 @@ def pieces(sizes: np.ndarray, prices: np.ndarray) -> list[Piece]:
     return sorted(found, key=lambda piece: -piece.rate)
 
 
-def spend(
-    offers: list[Piece], heads: int, least: int, most: int, slots: int, whole: Collection[int] = ()
-) -> np.ndarray:
-    """Slots of every head, `slots` in all: heads in `whole` get `most`, every other at least `least`.
+def spend(offers: list[Piece], heads: int, least: int, most: int, slots: int, full: Collection[int] = ()) -> np.ndarray:
+    """Slots of every head, `slots` in total: heads in `full` get `most`, every other head at least `least`.
 
-    Raises ValueError where that is already too much or `slots` exceed what the heads can hold.
+    Raises ValueError if the minimum exceeds `slots` or `slots` exceed what the heads can hold.
     """
     held = np.full(heads, least)
-    held[list(whole)] = most
+    held[list(full)] = most
     left = slots - int(held.sum())
     if left < 0 or slots > heads * most:
         raise ValueError(f"{slots} slots cannot be divided among {heads} heads of {least} to {most}")
-    chosen = set(whole)
+    served = set(full)
     for _, head, low, high in offers:
         if left == 0:
             break
-        if head not in chosen:
+        if head not in served:
             taken = min(high - low, left)
             held[head] += taken
             left -= taken
@@ -74,7 +72,7 @@ def spend(
 
 
 def scaled(shape: np.ndarray, slots: int, least: int | np.ndarray = 1, most: int | np.ndarray = 2**31) -> np.ndarray:
-    """Whole slots in proportion to `shape`, within `least` and `most`, together as many as fit into `slots`."""
+    """Whole slots in proportion to `shape`, within `least` and `most`, as many as fit into `slots`."""
 
     def at(factor: float) -> np.ndarray:
         return np.clip(np.floor(factor * shape), least, most).astype(int)
@@ -87,7 +85,7 @@ def scaled(shape: np.ndarray, slots: int, least: int | np.ndarray = 1, most: int
 
 
 def level(held: np.ndarray, most: int, left: int) -> np.ndarray:
-    """Give `left` more slots, the poorest heads first, until all have the same."""
+    """Distribute `left` more slots, first to the heads with the fewest, until all hold the same number."""
     order = np.argsort(held, kind="stable")
     low, high = int(held.min()), most
     while low < high:  # the highest water level that the slots reach

@@ -1,12 +1,13 @@
-"""From a model and some text to a plan, in one call."""
+"""Retention plan from a model and texts in one call."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
@@ -28,30 +29,34 @@ def make_plan(
     params: SensitivityParams | None = None,
     early: float | None = None,
 ) -> RetentionPlan:
-    """Price the model's heads on `texts` and spend `budget` on them.
+    """Price the model's heads on `texts` and divide `budget` among them.
 
-    budget: a share (`0.25`, `"25%"`), `"512 tokens"` for each head, or bytes (`"40 MB"`), at a context of `context_length`
-    tokens (default: the length of the documents that heads are priced on, `params.max_tokens`). balance: nats a token of
-    text that answering every far question is worth. `sensitivity`: what an earlier call measured
-    (`measure_sensitivity`), to make several plans from it. early: how much the policy `select` favours the first third of
-    the layers beyond their prices, 1 for not at all. Raises `InputError` for texts too short or a wrong budget.
+    Parameters
+    ----------
+    budget: a share (`0.25`, `"25%"`), `"512 tokens"` for each head, or bytes (`"40 MB"`).
+    context_length: tokens at which the budget is counted [default: length of the priced documents, `params.max_tokens`].
+    balance: value of answering every far question, nats a token of text [default: that of `BudgetParams`].
+    classifications: file of head classes, for the policies of the class table.
+    sensitivity: prices from `measure_sensitivity`, to make several plans from one measurement [default: measure].
+    early: factor by which `select` favours the first third of the layers; 1 for none [default: that of `BudgetParams`].
+
+    Raises `InputError` for texts that are too short or an invalid budget.
     """
     amount = Budget.parse(budget)
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Mapping):
         texts = {f"text {i}": text for i, text in enumerate(texts)}
-    settings = params or SensitivityParams()
-    spending = BudgetParams()
-    found = sensitivity or measure_sensitivity(model, tokenizer, texts, settings)
+    defaults = BudgetParams()
+    found = sensitivity or measure_sensitivity(model, tokenizer, texts, params)
     planner = Planner(
         found,
         str(getattr(model, "name_or_path", "")) or type(model).__name__,
-        model_shape(model.config).head_dim,
+        Architecture.of_config(model.config).head_dim,
         model.dtype.itemsize,
         context_length or found.context,
-        spending.balance if balance is None else balance,
-        None if classifications is None else Path(classifications),
-        early=spending.early if early is None else early,
+        defaults.balance if balance is None else balance,
+        None if classifications is None else load_classifications(classifications),
+        early=defaults.early if early is None else early,
     )
     return planner.plan(policy, amount)

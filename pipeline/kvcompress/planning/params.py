@@ -1,4 +1,4 @@
-"""Section `budgets`: which plans are made."""
+"""Section `budgets`: policies and sizes for which plans are made."""
 
 from typing import Annotated
 
@@ -8,11 +8,11 @@ from kvcompress.core.params import Name, SectionParams
 
 
 class BudgetParams(SectionParams):
-    """One plan for every policy and budget: a share (`25%`), `512 tokens` for each head, or bytes (`40 MB`).
+    """One plan for every policy and size.
 
-    Budgets count at a context of `context_length` tokens. `balance`: nats a token of text that it is worth to answer every
-    question about a far fact; 0 looks at text alone. `early`: by how much plans of `select` favour the first third of the
-    layers, against the others, beyond what prices say; 1 goes by prices alone.
+    sizes: a share (`25%`), `512 tokens` for each head, or bytes (`40 MB`), at a context of `context_length` tokens.
+    balance: value of answering every question about a far fact, nats a token of text; 0 plans for text alone.
+    early: factor by which plans of `select` favour the first third of the layers beyond their prices; 1 for none.
     """
 
     section = "budgets"

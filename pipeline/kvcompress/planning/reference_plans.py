@@ -1,45 +1,41 @@
-"""Plans to compare with: uniform at exactly the same cost, controls that break what a plan knows, class-table variants."""
+"""Plans to compare with: uniform plans of equal cost, controls, and variants of the class table."""
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
-from kvcompress.core.head_classes import ClassificationFile, HeadType, load_classifications
+from kvcompress.core.head_classes import ClassificationFile, HeadClassification, HeadType
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention, join_query_heads
 
-Layers = list[list[Retention]]
 
+def class_table_plan(
+    file: ClassificationFile, kv_heads: int, windows: dict[HeadType, int] | None = None
+) -> RetentionPlan:
+    """Plan of a classification file: retentions of a KV head's query heads, joined by union.
 
-def class_table_plan(path: str | Path, kv_heads: int, windows: dict[HeadType, int] | None = None) -> RetentionPlan:
-    """The plan of a classification file: query heads' wishes joined by union. `windows` replaces those of some classes."""
-    file = load_classifications(path)
-    layers = [join_query_heads(wishes(row, windows or {}), kv_heads) for row in file.layers]
-    return RetentionPlan(
-        tuple(map(tuple, layers)), len(file.layers[0]), model_name(file), "class_table", {}, {"classes": str(path)}
+    windows: windows that replace those of some classes [default: none].
+    """
+    rows = file.layers
+    layers = tuple(
+        tuple(join_query_heads([class_retention(head, windows or {}) for head in row], kv_heads)) for row in rows
     )
+    model_id = (file.model_info.model_id if file.model_info else None) or "unknown"
+    return RetentionPlan(layers, len(rows[0]), model_id, "class_table")
 
 
-def model_name(file: ClassificationFile) -> str:
-    return (file.model_info.model_id if file.model_info else None) or "unknown"
-
-
-def wishes(row: Sequence, windows: dict[HeadType, int]) -> list[Retention]:
-    """A layer's query heads' retention, with the windows of some classes replaced (their sinks stay, at least 4)."""
-    result = []
-    for head in row:
-        kept = head.retention
-        if head.head_type in windows:
-            sinks = 0 if head.head_type is HeadType.TRUE_POSITIONAL else max(kept.sinks, 4)
-            kept = Retention(sinks, windows[head.head_type])
-        result.append(kept)
-    return result
+def class_retention(head: HeadClassification, windows: dict[HeadType, int]) -> Retention:
+    """Retention of one query head; a replaced window keeps the head's sinks, at least 4."""
+    kept = head.retention
+    if head.head_type not in windows:
+        return kept
+    sinks = 0 if head.head_type is HeadType.TRUE_POSITIONAL else max(kept.sinks, 4)
+    return Retention(sinks, windows[head.head_type])
 
 
 def uniform_at(plan: RetentionPlan, tokens: int, sinks: int = 4, more: int = 0) -> RetentionPlan:
-    """Sinks + one window for all heads, holding after `tokens` tokens as many slots as `plan` does, and `more` in all.
+    """Sinks and one window for all heads, with as many slots after `tokens` tokens as `plan` plus `more` in total.
 
-    The remainder of the division goes to some heads, spread evenly, as one token more of window.
+    The remainder of the division goes to some heads, spread evenly, as one more token of window.
     """
     heads = plan.num_layers * plan.num_key_value_heads
     each, rest = divmod(plan.held(tokens) + more, heads)
@@ -49,14 +45,14 @@ def uniform_at(plan: RetentionPlan, tokens: int, sinks: int = 4, more: int = 0) 
 
 
 def shuffled(plan: RetentionPlan, seed: int) -> RetentionPlan:
-    """The same retentions, dealt to random heads."""
+    """The plan's retentions, dealt to random heads."""
     kept = flat(plan)
     random.Random(seed).shuffle(kept)
     return reshaped(plan, kept, "random")
 
 
 def inverted(plan: RetentionPlan) -> RetentionPlan:
-    """The same retentions, the largest given to the heads that had the smallest."""
+    """The plan's retentions, the largest to the heads that had the smallest."""
     kept = flat(plan)
     order = sorted(range(len(kept)), key=lambda i: size_key(kept[i]))
     result = list(kept)
@@ -66,7 +62,7 @@ def inverted(plan: RetentionPlan) -> RetentionPlan:
 
 
 def per_layer(plan: RetentionPlan, tokens: int, sinks: int = 4) -> RetentionPlan:
-    """Every layer's slots shared evenly by its heads: what is left of a plan that knows layers and not heads."""
+    """Every layer's slots after `tokens` tokens shared evenly by its heads: a plan that knows layers but not heads."""
     kept: list[Retention] = []
     width = plan.num_key_value_heads
     for layer in plan.layers:
@@ -77,16 +73,18 @@ def per_layer(plan: RetentionPlan, tokens: int, sinks: int = 4) -> RetentionPlan
 
 
 def flat(plan: RetentionPlan) -> list[Retention]:
+    """Retentions of all heads, layer by layer."""
     return [kept for layer in plan.layers for kept in layer]
 
 
 def size_key(kept: Retention) -> float:
+    """Capacity for sorting; infinite if unbounded."""
     capacity = kept.capacity
     return float("inf") if capacity is None else capacity
 
 
 def reshaped(plan: RetentionPlan, kept: Sequence[Retention], policy: str) -> RetentionPlan:
-    """A plan for the same model with these retentions, head by head."""
+    """Plan for the same model with these retentions, head by head."""
     width = plan.num_key_value_heads
     layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
     made_from = {"policy": plan.policy, **plan.made_from}

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.attention_received import received
 from kvcompress.scores.base import Score, require_at_least
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,12 @@ class AccumulatedAttention(Score):
     def accumulates(self) -> bool:
         return True
 
-    def received(self, held: Held) -> Received:
-        return held.received(self.most)
+    @torch.no_grad()
+    def received(self, inputs: ScoreInputs) -> AttentionTotals:
+        return received(inputs, most=self.most)
 
-    def rank(self, held: Held) -> Tensor:
-        found = self.received(held)
-        return found.total / found.queries.clamp_min(1) if self.per_query else found.total
+    def rank(self, inputs: ScoreInputs) -> Tensor:
+        return self.of_totals(self.received(inputs))
+
+    def of_totals(self, totals: AttentionTotals) -> Tensor:
+        return totals.total / totals.queries.clamp_min(1) if self.per_query else totals.total

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import score_launchers
-from kvcompress.scores.attention_totals import Received
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 # device -> weights a block may hold: as in observing attention, a CPU's cache against a GPU's few large launches
 BLOCK_LIMITS = {"cpu": 2**20, "cuda": 2**26}
 MASKED = torch.finfo(torch.float32).min  # finite: a query that sees nothing (a pad) must not give NaN
 
 
-def received(held: Held, last: int | None = None, most: int | None = None) -> Received:
+def received(held: ScoreInputs, last: int | None = None, most: int | None = None) -> AttentionTotals:
     """What the keys receive from all queries, or from the `last` of them, together with what they had before.
 
     With `last` earlier queries count for nothing. Where there are more than `most`, every second, third, ... query is
@@ -37,7 +36,7 @@ def received(held: Held, last: int | None = None, most: int | None = None) -> Re
             end = weights.shape[-1]
             total[..., :end] += weights.sum(3).mean(2)
             queries[..., :end] += visible.sum(2)
-        found = Received(total, queries)
+        found = AttentionTotals(total, queries)
     return found if held.earlier is None or last is not None else held.earlier + found
 
 
@@ -48,17 +47,17 @@ def which(count: int, last: int | None = None, most: int | None = None) -> slice
     return slice(count - among + (among - 1) % step, count, step)
 
 
-def of_a_text(held: Held, some: slice) -> Received:
+def of_a_text(held: ScoreInputs, some: slice) -> AttentionTotals:
     """The same by a kernel, from some queries of a text, the last among them."""
     assert held.queries is not None
     count, step = held.keys.shape[2], some.step
     total = score_launchers.received_by_keys(held.queries[:, :, some], held.keys, held.scaling, step)
     asking = len(range(count)[some])
     after = torch.arange(count, device=total.device).neg_().add_(count - 1).div_(step, rounding_mode="floor")
-    return Received(total, (after + 1).clamp_max(asking).float().expand_as(total))
+    return AttentionTotals(total, (after + 1).clamp_max(asking).float().expand_as(total))
 
 
-def blocks(held: Held, some: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks(held: ScoreInputs, some: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights `[batch, kv_head, group, query, key]`, visible `[batch or 1, kv_head or 1, query, key]`) of each block of
     some of the queries.
 
@@ -82,7 +81,7 @@ def blocks(held: Held, some: slice = slice(None)) -> Iterator[tuple[Tensor, Tens
         yield weights, visible
 
 
-def sees(at: Tensor, held: Held) -> Tensor:
+def sees(at: Tensor, held: ScoreInputs) -> Tensor:
     """Which keys the queries at positions `at` see, bool `[batch or 1, kv_head or 1, query, key]`."""
     query, key = at[:, None, :, None], held.positions[:, :, None, :]
     visible = (key <= query) & (key >= 0)

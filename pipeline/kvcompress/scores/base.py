@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.scores.attention_totals import Received
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 
 class Score(ABC):
@@ -35,7 +34,7 @@ class Score(ABC):
         """Whether it goes on from `held.earlier`, so that a query must come to it once and no more."""
         return False
 
-    def received(self, held: Held) -> Received | None:
+    def received(self, held: ScoreInputs) -> AttentionTotals | None:
         """What a score that accumulates will go on from, None for others."""
         return None
 
@@ -49,12 +48,12 @@ class Score(ABC):
         return slice(None)
 
     @torch.no_grad()
-    def __call__(self, held: Held) -> Tensor:
-        scores = self.of_candidates(held).masked_fill(~held.real, -float("inf"))
+    def __call__(self, held: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
+        scores = self.of_candidates(held, totals).masked_fill(~held.real, -float("inf"))
         return scores if held.stays is None else scores.masked_fill(held.real & held.stays, float("inf"))
 
     @torch.no_grad()
-    def of_candidates(self, held: Held) -> Tensor:
+    def of_candidates(self, held: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
         """The same for who does not ask for anything but `held.candidates`: others may have any number."""
         name = type(self).__name__
         if self.needs_queries and (held.queries is None or not held.queries.shape[2]):
@@ -63,10 +62,14 @@ class Score(ABC):
             raise UnsupportedModelError(
                 f"{name} looks at queries or keys before rotation, and this model's rotary embedding is not known"
             )
-        return self.rank(held)
+        return self.rank(held) if totals is None else self.of_totals(totals)
+
+    def of_totals(self, totals: AttentionTotals) -> Tensor:
+        """Scores from the result of `received`, of a score that accumulates."""
+        raise NotImplementedError
 
     @abstractmethod
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         """The scores, with anything at slots that are not `held.candidates`."""
 
 

@@ -11,13 +11,13 @@ from torch.nn.functional import pad
 
 from kvcompress.ops import score_launchers
 from kvcompress.scores.attention_received import MASKED, block_size
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 
 FEW = 64  # queries that are looked at without waiting for an accelerator, as those of a choice while decoding
 OLD, ABSENT = -1, -2  # in place of a chunk's number: keys older than all queries; pads, empty slots, keys that stay
 
 
-def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
+def non_causal(held: ScoreInputs, chunk: int, scale: float) -> Tensor:
     """Attention that each candidate received, in multiples of the mean over its chunk; float32 `[batch, kv_head, key]`.
 
     Chunks are `chunk` positions long, counted from the first query's. With n keys and m queries in a chunk the mean is
@@ -51,7 +51,7 @@ def non_causal(held: Held, chunk: int, scale: float) -> Tensor:
     return scores
 
 
-def _of_few_queries(held: Held, of_query: Tensor, of_key: Tensor, scale: float) -> Tensor:
+def _of_few_queries(held: ScoreInputs, of_query: Tensor, of_key: Tensor, scale: float) -> Tensor:
     """The same without a look at which chunks there are, which would wait for the device: every query once among the old
     keys and once in its own chunk. of_query `[batch or 1, query]` and of_key `[batch, kv_head, key]` name chunks."""
     voting = of_query >= 0
@@ -67,7 +67,7 @@ def _of_few_queries(held: Held, of_query: Tensor, of_key: Tensor, scale: float) 
     return (votes @ weights.flatten(2, 4))[:, :, 0]
 
 
-def _of_a_text(held: Held, chunk: int, scale: float) -> Tensor:
+def _of_a_text(held: ScoreInputs, chunk: int, scale: float) -> Tensor:
     """The same for a text without holes, as many chunks at a time as a block may hold."""
     batch, count = held.keys.shape[0], held.keys.shape[2]
     more = -count % chunk

@@ -16,7 +16,7 @@ from kvcompress.core.errors import InputError
 from kvcompress.ops import score_launchers
 from kvcompress.scores.base import Score, require_at_least, require_odd
 from kvcompress.scores.chunk_attention import non_causal
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.pooling import pool
 
 PART = 512  # keys whose products are summed by one program
@@ -66,7 +66,7 @@ class Leverage(Score):
     def needs_rotation(self) -> bool:
         return self.unrotate
 
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         attention = non_causal(held, self.chunk, held.scaling if self.scale is None else self.scale)
         attention = attention * vector_norm(held.values, dim=-1, dtype=torch.float32)
         places = held.positions.where(held.candidates, -1)
@@ -74,7 +74,7 @@ class Leverage(Score):
         leverage, attention = standard(torch.stack((self.leverage(held), attention)), held.candidates)
         return self.blend * leverage + attention
 
-    def leverage(self, held: Held) -> Tensor:
+    def leverage(self, held: ScoreInputs) -> Tensor:
         """Leverage of each candidate among the candidates, float32 `[batch, kv_head, key]`."""
         keys, number = self.projected(held), held.candidates.sum(-1).clamp_min(1)[..., None]
         # In float32 the factor of X'X loses directions that a few unusual keys alone reach, and they are what counts.
@@ -90,7 +90,7 @@ class Leverage(Score):
             return score_launchers.squared_lengths(keys, mean.float(), inverse.float())
         return ((exact - mean[..., None, :]) @ inverse).square().sum(-1).float()
 
-    def projected(self, held: Held) -> Tensor:
+    def projected(self, held: ScoreInputs) -> Tensor:
         """Keys before rotation, projected, float32 `[batch, kv_head, key, sketch]`; 0 where they are no candidates."""
         size, turn = held.keys.shape[-1], held.rotation if self.unrotate else None
         matrix = gaussian(size, self.sketch, self.seed, held.keys.device) if self.sketch < size else None

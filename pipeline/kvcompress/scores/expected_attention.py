@@ -12,7 +12,7 @@ from kvcompress.models.rotary import Rotation
 from kvcompress.ops import score_launchers
 from kvcompress.scores.attention_received import which
 from kvcompress.scores.base import Score, require_at_least
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ExpectedAttention(Score):
     def looks_at(self, count: int) -> slice:
         return which(count, most=self.most)
 
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         assert held.rotation is not None
         mean, spread = self.future_queries(held, held.rotation)
         logits = logits_of(held.keys, mean, spread, held.scaling)
@@ -66,7 +66,7 @@ class ExpectedAttention(Score):
         expected = expected + self.epsilon if self.epsilon else expected
         return expected * vector_norm(held.values, dim=-1, dtype=torch.float32) if self.value_norm else expected
 
-    def future_queries(self, held: Held, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
+    def future_queries(self, held: ScoreInputs, rotation: Rotation) -> tuple[Tensor, Tensor | None]:
         """Mean `[batch, kv_head, group, head_dim]` and covariance `[.., head_dim, head_dim]` of queries to come."""
         assert held.queries is not None
         some = self.looks_at(held.queries.shape[2])

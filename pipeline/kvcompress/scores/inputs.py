@@ -13,11 +13,32 @@ from torch import Tensor
 
 from kvcompress.core.errors import InputError
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.attention_totals import Received
 
 
 @dataclass(frozen=True)
-class Held:
+class AttentionTotals:
+    """Attention that keys have received so far, carried from chunk to chunk of a stream.
+
+    What a key received does not depend on later queries, so a stream keeps two numbers a key. A cache that evicts keys
+    takes the remaining slots of both; new keys begin with 0.
+
+    total: attention summed over queries, mean over the query heads of a KV head, float32 `[batch, kv_head, key]`.
+    queries: number of queries that could see the key, float32 of the same shape.
+    """
+
+    total: Tensor
+    queries: Tensor
+
+    def __add__(self, other: "AttentionTotals") -> "AttentionTotals":
+        return AttentionTotals(self.total + other.total, self.queries + other.queries)
+
+    def take(self, slots: Tensor) -> "AttentionTotals":
+        """Totals of the keys in `slots`, int64 `[batch, kv_head, kept]`."""
+        return AttentionTotals(self.total.gather(2, slots), self.queries.gather(2, slots))
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
     """Tensors of one layer, or of those of its KV heads that hold equally many keys.
 
     keys: `[batch, kv_head, key, head_dim]`, in any order; values: `[batch, kv_head, key, value_dim]`.
@@ -35,7 +56,7 @@ class Held:
         up, which on an accelerator would wait for all of its work. Where there are as many queries, they are so too. No
         more is claimed where it is False.
     asked: the positions of the queries as numbers, where they are known to be these in every row; None for unknown.
-    earlier: what every key had received before these queries came, see `Received`; None where nothing is known.
+    earlier: what every key had received before these queries came, see `AttentionTotals`; None where nothing is known.
 
     Raises `InputError` where the shapes do not fit together.
     """
@@ -49,7 +70,7 @@ class Held:
     rotation: Rotation | None = None
     limit: int | None = None
     stays: Tensor | None = None
-    earlier: Received | None = None
+    earlier: AttentionTotals | None = None
     in_order: bool = False
     asked: range | None = None
 
@@ -91,19 +112,6 @@ class Held:
     def whole(self) -> bool:
         """Whether these are all keys and all queries of a text, column by column."""
         return self.in_order and self.queries is not None and self.queries.shape[2] == self.keys.shape[2]
-
-    def received(self, most: int | None) -> Received:
-        """What the keys received from the queries at hand (see `most` of `kvcompress.scores.attention_received.received`) and
-        before; found once."""
-        from kvcompress.scores.attention_received import received  # which knows this file
-
-        if most not in self._received:
-            self._received[most] = received(self, most=most)
-        return self._received[most]
-
-    @cached_property
-    def _received(self) -> dict[int | None, Received]:
-        return {}
 
     @property
     def grouped_queries(self) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kvcompress.scores.base import Score
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class KeyDiff(Score):
     Sinks and window are part of the anchor: the paper measures how much a key repeats what else is in the cache.
     """
 
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         # An empty slot may hold anything, NaN included, so it is replaced, not multiplied by 0.
         units = normalize(held.keys.float(), dim=-1).masked_fill(~held.real[..., None], 0)
         anchor = units.sum(2, keepdim=True)  # the mean but for its length

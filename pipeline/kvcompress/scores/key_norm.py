@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvcompress.scores.base import Score
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 
 
 @dataclass(frozen=True)
 class KeyNorm(Score):
     """-|k|: keys of small norm were found to get much attention. Rotation does not change it. No parameters."""
 
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         return -vector_norm(held.keys, dim=-1, dtype=torch.float32)

@@ -26,7 +26,7 @@ from kvcompress.scores.registry import make_score
 
 
 @dataclass(frozen=True)
-class Choosing:
+class SelectionRule:
     """every: tokens between two choices of a head, where its window is not shorter.
     observe: last queries that a choice while streaming or decoding goes by. They are kept, for scores that need any, in
         the model's own precision: `[batch, query_head, observe, head_dim]` a layer, which `evidence_nbytes` counts.
@@ -49,18 +49,18 @@ class Choosing:
         return self.scores[name] if name in self.scores else make_score(name)
 
 
-def evidence_slots(plan: RetentionPlan, choosing: Choosing | None = None) -> int:
+def kept_query_slots(plan: RetentionPlan, choosing: SelectionRule | None = None) -> int:
     """Slots of K and V that take as many bytes as the queries which a cache of this plan keeps to choose keys by.
 
     Those are, in a layer where any head's score asks for queries, `observe` of every query head; a slot is two vectors of
     their size. Where keys lie and what they received, a few bytes a slot, is not counted.
     """
-    rule = choosing or Choosing()
+    rule = choosing or SelectionRule()
     asking = sum(any(kept.chosen and rule.score(kept.score).needs_queries for kept in layer) for layer in plan.layers)
     return asking * plan.num_attention_heads * rule.observe // 2
 
 
-def require_free_of_queries(score: str, choosing: Choosing) -> None:
+def require_free_of_queries(score: str, choosing: SelectionRule) -> None:
     """Raise `InputError` where a score ranks by queries, which a cache filled elsewhere does not have."""
     if choosing.score(score).needs_queries:
         raise InputError(

@@ -7,7 +7,7 @@ from torch import Tensor
 from kvcompress.core.errors import InputError
 from kvcompress.scores.attention_received import received
 from kvcompress.scores.base import Score, require_at_least, require_odd
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.pooling import Pooling, pool
 
 
@@ -42,7 +42,7 @@ class SnapKV(Score):
     def looks_back(self) -> int | None:
         return self.window
 
-    def rank(self, held: Held) -> Tensor:
+    def rank(self, held: ScoreInputs) -> Tensor:
         found = received(held, self.window)
         mean = found.total / found.queries.clamp_min(1)
         return pool(mean, held.positions.expand(mean.shape), self.kernel // 2, self.pooling, held.in_order)

@@ -1,8 +1,8 @@
-"""What a shorter cache costs in every KV head: measured once on calibration text, asked at any budget.
+"""Prices of smaller caches in every KV head, measured once on calibration text.
 
-Three measurements, each additive over documents: the price of one head's slots on text (`text_price`), what a layer's
-heads cost together (`joint_price`), and how much of a fact's answer every head carries (`retrieval_price`). Slots may be a
-window, or a window and keys that a score chooses.
+Three measurements, each additive over documents: the price of one head's slots on text (`text_price`), the joint price of
+a layer's heads (`joint_price`), and every head's part in the answers to questions about facts (`fact_price`). Slots hold a
+window, or a window and keys that a score selected.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcompress.collect.observer import require_observable
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
-from kvcompress.models.head_shards import of_all_heads, part_of
-from kvcompress.sensitivity.calibration_facts import calibration_facts
-from kvcompress.sensitivity.fact_price import retrieval_prices
+from kvcompress.models.tensor_parallel import gather_heads, shard_of
+from kvcompress.sensitivity.fact_price import calibration_facts, fact_prices
 from kvcompress.sensitivity.joint_price import joint_prices
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.prices import Sensitivity
-from kvcompress.sensitivity.selection_outputs import priced_choices
+from kvcompress.sensitivity.selection_outputs import select_options
 from kvcompress.sensitivity.text_price import text_prices
 from kvcompress.texts.corpora import documents_of_all
 
@@ -33,11 +32,11 @@ def measure_sensitivity(
     params: SensitivityParams | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Measure on calibration `texts` (name -> text) what every KV head's windows cost.
+    """Price every KV head on calibration `texts` (name -> text).
 
-    Where several processes were started (`kvcompress.models.distributed`), each measures its share (where they hold one model, its own
-    heads) and gets the whole result. Raises
-    `UnsupportedModelError` for a model whose attention cannot be observed, `InputError` for texts too short.
+    Several processes (`kvcompress.models.distributed`) share the work; shards of one model measure their own heads. Each
+    gets the whole result. Raises `UnsupportedModelError` for a model whose attention cannot be observed and `InputError`
+    for texts that are too short.
     """
     settings = params or SensitivityParams()
     observed = require_observable(model)
@@ -47,51 +46,50 @@ def measure_sensitivity(
     windows = [window for window in settings.windows if window + settings.sinks < length]
     joint_windows = [window for window in settings.joint_windows if window + settings.sinks < length]
     if not windows or not joint_windows:
-        raise InputError(f"sensitivity: no window is shorter than a document of {length} tokens")
-    of_text = documents_of_all(tokenizer, texts, length, settings.documents_per_text)
-    batch = [tokens for found in of_text.values() for tokens in found]
-    joint_batch = [tokens for found in of_text.values() for tokens in found[: settings.joint_documents]]
+        raise InputError(
+            "sensitivity.windows and sensitivity.joint_windows: no window is shorter than a document of"
+            f" {length} tokens"
+        )
+    documents = documents_of_all(tokenizer, texts, length, settings.documents_per_text)
+    batch = [tokens for found in documents.values() for tokens in found]
+    joint_batch = [tokens for found in documents.values() for tokens in found[: settings.joint_documents]]
     fact_length = min(settings.fact_tokens, length - 2 * settings.facts_per_context)
-    questions = calibration_facts(tokenizer, texts, fact_length, settings)
+    contexts = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
-    choices, rotation = priced_choices(model.config, settings, length)
-    part = part_of(model.config)
-    own = (observed.num_layers, observed.num_key_value_heads // part.count)
+    options, rotation = select_options(model.config, settings, length)
+    shard = shard_of(model.config)
+    own = (observed.num_layers, observed.num_key_value_heads // shard.count)
     jobs: list[Callable[[], Tensor]] = [
-        partial(text_prices, model, tokens, windows, sinks, own, settings.seed, choices, rotation) for tokens in batch
+        partial(text_prices, model, tokens, windows, sinks, own, settings.seed, options, rotation) for tokens in batch
     ]
     jobs += [
         partial(joint_prices, model, tokens, window, sinks, own) for tokens in joint_batch for window in joint_windows
     ]
     jobs += [
-        partial(retrieval_prices, model, context, asked, far, sinks, own, settings.nodes, choices, rotation)
-        for context, asked in questions
+        partial(fact_prices, model, context, questions, far, sinks, own, settings.nodes, options, rotation)
+        for context, questions in contexts
     ]
-    found = [of_all_heads(prices, -1, part).numpy() for prices in done_together(jobs, progress)]
-    fisher, rest = found[: len(batch)], found[len(batch) :]
-    joint, facts = rest[: -len(questions)], np.concatenate(rest[-len(questions) :])
-    summed = np.asarray(sum(fisher))
+    found = [gather_heads(prices, -1, model.config).numpy() for prices in results(jobs, progress)]
+    text, rest = np.asarray(sum(found[: len(batch)])), found[len(batch) :]
+    joint, facts = rest[: -len(contexts)], np.concatenate(rest[-len(contexts) :])
     return Sensitivity(
         windows,
         sinks,
         length,
         sum(map(len, batch)),
         sum(map(len, joint_batch)),
-        summed[: len(windows)],
+        text[: len(windows)],
         np.stack(joint).reshape(len(joint_batch), len(joint_windows), *shape).sum(0),
         facts[:, 0],
         {"texts": sorted(texts), "num_attention_heads": observed.num_attention_heads},
-        choices,
-        summed[len(windows) :],
+        options,
+        text[len(windows) :],
         facts[:, 1:],
     )
 
 
-def done_together(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:
-    """What every job gives, in their order; processes that share the work (`kvcompress.models.distributed`) do a share each.
-
-    Processes take jobs in turns: those of one kind stand together and cost the same.
-    """
+def results(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:
+    """Results of all jobs in order. Processes that share the work take jobs in turn: neighbours cost the same."""
     own = distributed.mine([1.0] * len(jobs))
     with distributed.progress(len(own), "price of heads", "pass", progress) as bar:
         found: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Section `sensitivity`: on what and for which windows heads are priced."""
+"""Section `sensitivity`: texts, windows and select options that heads are priced on."""
 
 from typing import Annotated
 
@@ -11,15 +11,17 @@ Windows = Annotated[list[Count], Field(min_length=1)]
 
 
 class SensitivityParams(SectionParams):
-    """Heads are priced on `documents_per_text` documents of `max_tokens` of every calibration text, for `windows`.
+    """Settings of the price measurement.
 
-    What a layer's heads cost together is measured for `joint_windows` on the first `joint_documents` of each text. Facts:
-    `fact_contexts` contexts of `fact_tokens` (at most a document's), prose and monotony in turns, with
-    `facts_per_context` facts each; a key farther than `far` tokens counts as far; `nodes` points of integration. Windows
-    that do not fit a document are left out.
+    Text: `documents_per_text` documents of `max_tokens` tokens of every calibration text, priced for `windows`. The joint
+    price of a layer's heads is measured for `joint_windows` on the first `joint_documents` of each text. Windows that do
+    not fit a document are left out.
 
-    Heads may also hold keys that a score chooses: `choice_sizes` slots besides sinks, of which each of `choice_parts` is
-    chosen by each of `choice_scores` (names of `kvcompress.scores`). Divisions with a window below 64 are left out.
+    Select options: `choice_sizes` slots besides sinks, of which each of `choice_parts` holds keys selected by each of
+    `choice_scores` (names of `kvcompress.scores`). Options with a window below 64 are left out.
+
+    Facts: `fact_contexts` contexts of `fact_tokens` tokens (at most a document's), prose and repetitive text in turn, with
+    `facts_per_context` facts each. Keys farther than `far` tokens count as far. `nodes`: points of the integration.
     """
 
     section = "sensitivity"

@@ -1,7 +1,8 @@
-"""`price_report.txt`: classes beside prices. A class describes a head; does it tell what its cache is worth?"""
+"""`price_report.txt`: prices by head class, and rows of prices for plots."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -9,10 +10,31 @@ from scipy.stats import spearmanr
 from kvcompress.analysis.validation_report import REFINED, RULE, model_lines, section
 from kvcompress.core.head_classes import HeadClassification
 from kvcompress.core.head_statistics import StatisticsFile
-from kvcompress.sensitivity.plot_data import near_window
 from kvcompress.sensitivity.prices import Sensitivity
 
-SHOWN = 10  # dearest heads
+NEAR = 128  # tokens: the window at which heads are compared
+SHOWN = 10  # heads with the highest prices
+
+
+def near_window(sensitivity: Sensitivity) -> int:
+    """Index of the first measured window of at least NEAR keys, or of the last window."""
+    return int(np.searchsorted(sensitivity.windows, min(NEAR, sensitivity.windows[-1])))
+
+
+def price_rows(sensitivity: Sensitivity) -> list[dict[str, Any]]:
+    """One row a KV head, in order of layer and head.
+
+    price: cost on text of `sinks` + `window` keys, 1/1000 nat a token. facts: what the head carries of the answer to a
+    question about a far fact, nats a token.
+    """
+    near = near_window(sensitivity)
+    price, facts = sensitivity.prices()[near] * 1000, sensitivity.retrieval.mean(0)
+    kept = {"sinks": sensitivity.sinks, "window": sensitivity.windows[near]}
+    return [
+        {"layer": i, "kv_head": j, "price": round(float(price[i, j]), 4), "facts": round(float(facts[i, j]), 4)} | kept
+        for i in range(sensitivity.layers)
+        for j in range(sensitivity.kv_heads)
+    ]
 
 
 def price_report(
@@ -21,10 +43,10 @@ def price_report(
     sensitivity: Sensitivity,
     held: Mapping[str, np.ndarray],
 ) -> str:
-    """Prices by class, the dearest KV heads, how far statistics predict prices, and what each budget gives the classes.
+    """Prices by class, heads with the highest prices, correlation of statistics and prices, and slots by class.
 
-    `classes` are all query heads in order; `held` are the slots of every KV head (flat) by budget. A KV head has the
-    classes of the query heads that it serves.
+    classes: all query heads in order; a KV head has the classes of its query heads. held: slots of every KV head (flat)
+    by budget.
     """
     info, heads = statistics.model_info, sensitivity.layers * sensitivity.kv_heads
     group = len(classes) // heads
@@ -35,26 +57,26 @@ def price_report(
     rows = [statistics.head_statistics[i * group : (i + 1) * group] for i in range(heads)]
     texts = ", ".join(sensitivity.origin["texts"])
     window = f"{sensitivity.sinks} + {sensitivity.windows[near]}"
-    lines = [RULE, "WHAT HEADS COST, BESIDE WHAT THEY LOOK LIKE", RULE, *model_lines(info)]
+    lines = [RULE, "PRICES OF KV HEADS BY CLASS", RULE, *model_lines(info)]
     lines += [
         f"Priced: {sensitivity.tokens} tokens of {texts}, {len(sensitivity.retrieval)} facts",
         f"Text: expected divergence from the full cache when the KV head keeps {window} keys, in 1/1000 nat a token",
         "Facts: nats a token of the answer to a question about a far fact that the KV head carries",
     ]
 
-    dear, finders = np.argsort(-price)[:SHOWN], np.argsort(-carried)[:SHOWN]
+    costly, finders = np.argsort(-price)[:SHOWN], np.argsort(-carried)[:SHOWN]
     lines += section("BY CLASS (a KV head counts for every class among its query heads)")
-    lines += [f"  class                KV heads  text mean  facts mean  of the {SHOWN} dearest: text  facts"]
+    lines += [f"  class                KV heads  text mean  facts mean  of the {SHOWN} highest: text  facts"]
     for kind in REFINED:
         mine = [i for i in range(heads) if kind in kinds[i]]
         if mine:
-            top = sum(kind in kinds[i] for i in dear), sum(kind in kinds[i] for i in finders)
+            top = sum(kind in kinds[i] for i in costly), sum(kind in kinds[i] for i in finders)
             lines.append(
                 f"  {kind.value:<20} {len(mine):>8}  {price[mine].mean():>9.3f}  {carried[mine].mean():>10.3f}"
                 f"  {top[0]:>24}  {top[1]:>5}"
             )
 
-    for title, order in (("DEAREST ON TEXT", dear), ("RETRIEVAL HEADS", finders)):
+    for title, order in (("HIGHEST PRICES ON TEXT", costly), ("RETRIEVAL HEADS", finders)):
         lines += section(f"{title} (layer.kv_head)")
         lines += ["  head      text   facts  induction  classes of its query heads"]
         for i in map(int, order):
@@ -73,7 +95,9 @@ def price_report(
     }
     for name, values in measures.items():
         if len(set(values)) > 1:
-            lines.append(f"  {name:<18} {rank(values, price):>7.2f} {rank(values, carried):>7.2f}")
+            lines.append(
+                f"  {name:<18} {rank_correlation(values, price):>7.2f} {rank_correlation(values, carried):>7.2f}"
+            )
 
     lines += section("WHAT A BUDGET GIVES (policy priced: mean slots of a class's KV heads)")
     lines += ["  class               " + "".join(f"{label:>10}" for label in held)]
@@ -84,5 +108,5 @@ def price_report(
     return "\n".join([*lines, "", RULE, ""])
 
 
-def rank(one: Sequence[float], other: np.ndarray) -> float:
+def rank_correlation(one: Sequence[float], other: np.ndarray) -> float:
     return float(spearmanr(one, other).statistic)

@@ -1,67 +1,47 @@
-"""What a head's output loses when some of its slots hold keys that a score chose, and the others a window.
+"""Change of a head's attention output when its slots hold a window, or a window and keys that a score selected.
 
-As with windows alone (`window_changes`) the output over fewer keys is the same softmax rescaled; to the sums over sinks
-and window those over the chosen keys are added. Keys are chosen as the cache does (`kvcompress.scores.selection_rule`), with three
-differences. It can take back nothing that it once gave up, here every choice is between all older keys. It ranks by the
-last few queries once the prompt is read, here all queries so far count. And one ranking serves all sizes, so that scores
-which compare keys with each other see those in the window too.
+The output over fewer keys is the same softmax rescaled (`window_outputs`): the sums over selected keys are added to those
+over sinks and window. Keys are selected by the rule of the cache (`kvcompress.scores.selection_rule`) with three
+differences. Every selection is among all older keys, while a cache cannot take back an evicted key. Scores see all
+queries so far, while a cache sees the last few once the prompt is read. One ranking serves all sizes, so scores that
+compare keys with each other also see the keys of the window.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress.core.errors import UnsupportedModelError
-from kvcompress.models.load import model_shape
+from kvcompress.models.architecture import Architecture
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import make_score
 from kvcompress.scores.topk import best
 from kvcompress.sensitivity.params import SensitivityParams
-from kvcompress.sensitivity.window_outputs import Sums
+from kvcompress.sensitivity.prices import SelectOption
+from kvcompress.sensitivity.window_outputs import Sums, change, mixed, past_weights, window_sums
 
-STEP = 64  # tokens between two choices; windows are no shorter
-
-
-class Choice(NamedTuple):
-    """Of `size` slots besides sinks the part `part` holds keys that the score of this name chose."""
-
-    score: str
-    part: float
-    size: int
-
-    @property
-    def chosen(self) -> int:
-        return chosen_of(self.size, self.part)
-
-    @property
-    def window(self) -> int:
-        return self.size - self.chosen
+STEP = 64  # tokens between two selections; windows are no shorter
 
 
-def chosen_of(size: int, part: float) -> int:
-    """How many of `size` slots are chosen: the part, rounded, but one at least stays for the window."""
-    return min(round(part * size), size - 1)
+def select_options(config: Any, settings: SensitivityParams, length: int) -> tuple[list[SelectOption], Rotation | None]:
+    """Options of `settings` that fit documents of `length` tokens, and the model's rotation (None if unknown).
 
-
-def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tuple[list[Choice], Rotation | None]:
-    """The choices of `settings` that fit documents of `length` tokens, and the model's rotation, None where not known.
-
-    Without it scores that need it are left out, and all where the model has a sliding window of its own: no cache can
-    choose there.
+    Without a rotation, scores that need it are left out. A model with a sliding window has no options, because its cache
+    cannot select.
     """
     try:
         rotation = Rotation.of(config)
     except UnsupportedModelError:
         rotation = None
-    if any(limit is not None for limit in model_shape(config).windows):
+    if any(limit is not None for limit in Architecture.of_config(config).sliding_windows):
         return [], rotation
     scores = [name for name in settings.choice_scores if rotation or not make_score(name).needs_rotation]
     found = [
-        Choice(score, part, size)
+        SelectOption(score, part, size)
         for score in scores
         for part in settings.choice_parts
         for size in settings.choice_sizes
@@ -70,35 +50,41 @@ def priced_choices(config: Any, settings: SensitivityParams, length: int) -> tup
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Keys chosen at one or more moments: `slots` int64 `[kv_head, moment, k]`, `there` false where one stands for none."""
+class SelectedKeys:
+    """Keys that one option selected at several moments: `slots` int64 `[kv_head, moment, k]`, `valid` false in unused
+    entries."""
 
     slots: Tensor
-    there: Tensor
+    valid: Tensor
+
+    def serving(self, start: int, stop: int) -> "SelectedKeys":
+        """Moments that serve the queries `start` (a multiple of STEP) to `stop`."""
+        moments = slice(start // STEP, -(-stop // STEP))
+        return SelectedKeys(self.slots[:, moments], self.valid[:, moments])
 
 
-def chosen_at(
+def selected_keys(
     moments: Sequence[int],
-    choices: Sequence[Choice],
+    options: Sequence[SelectOption],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: int,
     scaling: float,
     rotation: Rotation | None,
-) -> list[Chosen]:
-    """What every choice takes when so many tokens of a text have been read.
+) -> list[SelectedKeys]:
+    """Keys that every option selects after each number of tokens in `moments`.
 
-    query: `[query_head, token, head_dim]`; key, value: `[kv_head, token, dim]`. Candidates are the keys that leave the
-    window within the next STEP tokens or have left it; scores know the queries up to there.
+    query: `[query_head, token, head_dim]`; key, value: `[kv_head, token, dim]`. Candidates are the keys that have left the
+    window or leave it within the next STEP tokens. Scores know the queries up to the moment.
     """
-    slots = [torch.zeros(len(key), len(moments), choice.chosen, dtype=torch.int64) for choice in choices]
-    found = [Chosen(each.to(key.device), each.bool().to(key.device)) for each in slots]
+    slots = [torch.zeros(len(key), len(moments), option.selected, dtype=torch.int64) for option in options]
+    found = [SelectedKeys(each.to(key.device), each.bool().to(key.device)) for each in slots]
     for moment, seen in enumerate(moments):
         if not seen:
             continue
         at = torch.arange(seen, device=key.device)
-        held = Held(
+        held = ScoreInputs(
             key[None, :, :seen],
             value[None, :, :seen],
             at[None, None],
@@ -109,29 +95,59 @@ def chosen_at(
             stays=(at < sinks)[None, None],
             in_order=True,
         )
-        ranked = {name: make_score(name)(held) for name in dict.fromkeys(choice.score for choice in choices)}
-        for choice, chosen in zip(choices, found, strict=True):
-            older = (at >= sinks) & (at < seen - choice.window + STEP)
-            scores, count = ranked[choice.score].masked_fill(~older, -float("inf")), min(choice.chosen, seen)
+        ranked = {name: make_score(name)(held) for name in dict.fromkeys(option.score for option in options)}
+        for option, selected in zip(options, found, strict=True):
+            older = (at >= sinks) & (at < seen - option.window + STEP)
+            scores, count = ranked[option.score].masked_fill(~older, -float("inf")), min(option.selected, seen)
             taken = best(scores, count)
-            chosen.slots[:, moment, :count] = taken[0]
-            chosen.there[:, moment, :count] = (scores.gather(-1, taken) > -float("inf"))[0]
+            selected.slots[:, moment, :count] = taken[0]
+            selected.valid[:, moment, :count] = (scores.gather(-1, taken) > -float("inf"))[0]
     return found
 
 
-def chosen_sums(weights: Tensor, value: Tensor, chosen: Chosen, window: int, step: int) -> Sums:
-    """The sums over chosen keys that have left the window.
+def selected_sums(weights: Tensor, value: Tensor, selected: SelectedKeys, window: int, step: int) -> Sums:
+    """Sums over the selected keys that have left the window.
 
-    weights: `[kv_head, group, query, key]`, the last queries of the text; value: `[kv_head, key, value_dim]`. The choice of
-    moment i serves the i-th `step` queries.
+    weights: `[kv_head, group, query, key]`, the last queries of the text; value: `[kv_head, key, value_dim]`. Moment i
+    serves the i-th `step` queries.
     """
     group, length, keys = weights.shape[1:]
-    moments = chosen.slots.shape[1]
+    moments = selected.slots.shape[1]
     rows = torch.nn.functional.pad(weights, (0, 0, 0, moments * step - length)).unflatten(2, (moments, step))
-    parts = rows.gather(-1, chosen.slots[:, None, :, None].expand(-1, group, -1, step, -1))
+    parts = rows.gather(-1, selected.slots[:, None, :, None].expand(-1, group, -1, step, -1))
     position = (keys - length + torch.arange(moments * step, device=weights.device)).view(moments, step, 1)
-    left = (chosen.slots[:, :, None] <= position - window) & chosen.there[:, :, None]  # [kv_head, moment, step, k]
-    parts = parts * left[:, None]
-    values = value.gather(1, chosen.slots.flatten(1)[..., None].expand(-1, -1, value.shape[2]))
+    left = (selected.slots[:, :, None] <= position - window) & selected.valid[:, :, None]
+    parts = parts * left[:, None]  # [kv_head, group, moment, step, k]
+    values = value.gather(1, selected.slots.flatten(1)[..., None].expand(-1, -1, value.shape[2]))
     values = values.unflatten(1, (moments, -1))[:, None]  # [kv_head, 1, moment, k, value_dim]
     return (parts @ values).flatten(2, 3)[:, :, :length], parts.sum(-1).flatten(2, 3)[:, :, :length]
+
+
+def output_changes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: Sequence[int],
+    sinks: int,
+    scaling: float,
+    sliding_window: int | None = None,
+    options: Sequence[SelectOption] = (),
+    selected: Sequence[SelectedKeys] = (),
+    step: int = STEP,
+) -> tuple[Tensor, Tensor]:
+    """Changes `[window or option, kv_head, group, query, value_dim]` and full output without the first axis, float32.
+
+    query: `[kv_head, group, query, head_dim]`, the last queries of the text; key, value: `[kv_head, key, dim]`, the whole
+    text. A change is the output over fewer keys minus the full output. Windows ascend and come before options;
+    `selected` are each option's keys, one moment for every `step` queries.
+    """
+    weights, value = past_weights(query, key, scaling, sliding_window), value.float()
+    full = mixed(weights, value)
+    every = sorted({*windows, *(option.window for option in options)})
+    near = dict(zip(every, window_sums(weights, value, every, sinks), strict=True))
+    found = [change(near[window], full) for window in windows]
+    for option, keys in zip(options, selected, strict=True):
+        kept, mass = near[option.window]
+        more, more_mass = selected_sums(weights, value, keys, option.window, step)
+        found.append(change((kept + more, mass + more_mass), full))
+    return torch.stack(found), full

@@ -1,9 +1,8 @@
-"""What a head's output loses when it sees only sinks and a window: for many windows at once, block by block.
+"""Attention output over sinks and a window instead of all keys, for many windows at once.
 
-With p the attention weights over the whole past and S_w the keys that window w leaves (its last w keys and the sinks),
-the windowed output is sum_{k in S_w} p_k v_k / sum_{k in S_w} p_k: softmax over fewer keys is the same softmax, rescaled.
-The sets are nested, so one pass adds the keys ring by ring, from the nearest outwards, and every window costs only its
-own ring.
+With p the attention weights over the whole past and S_w the keys of window w (its last w keys and the sinks), the output
+over S_w is sum_{k in S_w} p_k v_k / sum_{k in S_w} p_k: softmax over fewer keys is the same softmax, rescaled. The sets
+are nested. Keys are added ring by ring from the nearest outwards, so every window costs only its own ring.
 """
 
 from collections.abc import Sequence
@@ -15,39 +14,23 @@ from kvcompress.collect.observer import hide
 
 TINY = torch.finfo(torch.float32).tiny
 
-Sums = tuple[Tensor, Tensor]  # sum of p_k v_k `[kv_head, group, query, value_dim]` and of p_k, over the same keys
+Sums = tuple[Tensor, Tensor]  # over the same keys: sum of p_k v_k `[kv_head, group, query, value_dim]`, sum of p_k
 
 
-def window_changes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    windows: Sequence[int],
-    sinks: int,
-    scaling: float,
-    limit: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(changes `[window, kv_head, group, query, value_dim]`, full output without the first axis), float32.
+def past_weights(query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None) -> Tensor:
+    """Attention weights of the last queries of a text on all its keys, float32 `[kv_head, group, query, key]`.
 
-    query: `[kv_head, group, query, head_dim]`, the last queries of the text; key, value: `[kv_head, key, dim]`, the whole
-    text. A change is windowed minus full output. `windows` ascend; `limit` is the model's own sliding window.
+    query: `[kv_head, group, query, head_dim]`; key: `[kv_head, key, head_dim]`.
     """
-    weights, value = past_weights(query, key, scaling, limit), value.float()
-    full = mixed(weights, value)
-    return torch.stack([change(sums, full) for sums in window_sums(weights, value, windows, sinks)]), full
-
-
-def past_weights(query: Tensor, key: Tensor, scaling: float, limit: int | None = None) -> Tensor:
-    """Attention weights of the last queries of a text on all of it, float32 `[kv_head, group, query, key]`."""
     kv_heads, group, length, _ = query.shape
     keys = key.shape[1]
     scores = torch.bmm(query.float().flatten(1, 2) * scaling, key.float().transpose(1, 2))
-    hide(scores.view(kv_heads * group, length, keys), keys - length, limit)
+    hide(scores.view(kv_heads * group, length, keys), keys - length, sliding_window)
     return torch.softmax(scores, -1).view(kv_heads, group, length, keys)
 
 
 def window_sums(weights: Tensor, value: Tensor, windows: Sequence[int], sinks: int) -> list[Sums]:
-    """The sums over sinks and window, for every window; `windows` ascend."""
+    """Sums over sinks and window, for every window in ascending order."""
     length, keys = weights.shape[2:]
     first = keys - length
     kept, mass = mixed(weights[..., :sinks], value[:, :sinks]), weights[..., :sinks].sum(-1)
@@ -66,7 +49,7 @@ def window_sums(weights: Tensor, value: Tensor, windows: Sequence[int], sinks: i
 
 
 def change(sums: Sums, full: Tensor) -> Tensor:
-    """Output over the keys that are left, minus the full output."""
+    """Output over the keys of `sums` minus the full output."""
     return sums[0] / sums[1].clamp_min(TINY)[..., None] - full
 
 

@@ -5,18 +5,18 @@ import torch
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
-from kvcompress.models.architecture import ModelShape
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.models.architecture import Architecture
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import LAYERS, feed, inputs_for, real
 from tests.reference.oracle import judged
 from tests.reference.recorded import recorded_choices
 
-CHOOSING = Choosing(every=3, observe=7)
+CHOOSING = SelectionRule(every=3, observe=7)
 
 
 def select_layers(model, score):
     """Heads that choose beside heads of every other kind, `[layer][kv_head]`."""
-    width = ModelShape.of_config(model.config).kv_heads
+    width = Architecture.of_config(model.config).num_key_value_heads
     kinds = [Retention(2, 5, 4, score), FULL, Retention(0, 2, 3, score), Retention(2, 5, 4, score), Retention(1, 4)]
     kinds += [PRUNED, Retention(3, 7, 1, "key_norm")]
     return [[kinds[(2 * layer + head) % len(kinds)] for head in range(width)] for layer in range(LAYERS)]
@@ -28,7 +28,7 @@ def select_compressor(model, layers, choosing=CHOOSING):
 
 
 def uniform(model, kept, choosing=CHOOSING):
-    width = ModelShape.of_config(model.config).kv_heads
+    width = Architecture.of_config(model.config).num_key_value_heads
     return select_compressor(model, [[kept] * width] * LAYERS, choosing)
 
 

@@ -13,7 +13,7 @@ from kvcompress.core.retention import Retention
 from kvcompress.methods import HeadAwareCompressor
 from kvcompress.methods.compressor import UniformCompressor
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.scores.snapkv import SnapKV
 from tests.cache.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.cache.select.select_tools import CHOOSING, furthest, select_compressor, select_layers, uniform
@@ -103,7 +103,7 @@ def test_a_key_that_matches_the_queries_survives(score, prefill):
     keys[:, :, 30] = 6 * sought
     query = 4 * sought + 0.1 * torch.randn(2, 3, 400, 16)
     for kept, expected in ((Retention(2, 6, 4, score), True), (Retention(2, 10), False)):
-        shared = Shared(prefill, choosing=Choosing(every=4, observe=8))
+        shared = Shared(prefill, choosing=SelectionRule(every=4, observe=8))
         layer = ChoosingLayer([kept], shared)
         for begin, end in ((0, 150), (150, 151), (151, 300), *((i, i + 1) for i in range(300, 400))):
             layer.attend(query[:, :, begin:end], keys[:, :, begin:end], keys[:, :, begin:end], None, 0.0)
@@ -183,7 +183,10 @@ def test_crop_is_exact_or_refused(model):
 
 def test_crop_in_the_middle_of_a_prompt(model):
     ids = tokens(1, 30)
-    for score, choosing in (("accumulated_attention", CHOOSING), ("snapkv", Choosing(3, 7, {"snapkv": SnapKV(5)}))):
+    for score, choosing in (
+        ("accumulated_attention", CHOOSING),
+        ("snapkv", SelectionRule(3, 7, {"snapkv": SnapKV(5)})),
+    ):
         compressor = uniform(model, Retention(2, 5, 4, score), choosing)
         with compressor.attached(model):
             expected = feed(model, compressor.new_cache(model.config, prompt_length=20), ids, [30])
@@ -225,7 +228,7 @@ def test_what_cannot_be_served_is_refused_by_name(model):
     with pytest.raises(UnsupportedModelError, match="score 'expected_attention' knows the rotary embedding of"):
         uniform(model_of("gpt2"), Retention(2, 5, 4, "expected_attention")).new_cache(model_of("gpt2").config)
     with pytest.raises(InputError, match="every is 0, expected a whole number of at least 1"):
-        Choosing(every=0)
+        SelectionRule(every=0)
     with (
         pytest.raises(InputError, match="heads of this plan select keys"),
         judged(model, select_layers(model, "snapkv")),
@@ -257,7 +260,7 @@ def test_a_cache_filled_elsewhere_is_compressed_by_scores_that_need_no_queries(m
         expected, other = run(model, compressor, ids, [30, 1], "exact")
     assert (found - expected[:, 30:]).abs().max() < 1e-5
     assert cache.layers[1].positions() == other.layers[1].positions()
-    same, others = (select_compressor(model, compressor.wishes, choosing) for choosing in (CHOOSING, Choosing()))
+    same, others = (select_compressor(model, compressor.wishes, choosing) for choosing in (CHOOSING, SelectionRule()))
     assert same.compress(cache) is cache
     with pytest.raises(CacheUseError, match="already compressed by another method"):
         others.compress(cache)

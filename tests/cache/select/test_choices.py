@@ -13,10 +13,9 @@ from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.cache.select.record import of_head
 from kvcompress.core.retention import Retention
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.attention_totals import Received
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.reference.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7
@@ -39,7 +38,7 @@ def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 class Judge:
     """One KV head of one row, which goes from choice to choice by itself."""
 
-    def __init__(self, kept: Retention, choosing: Choosing, batch: int, head: int) -> None:
+    def __init__(self, kept: Retention, choosing: SelectionRule, batch: int, head: int) -> None:
         query, keys, values = text()
         own = slice(head * GROUP, (head + 1) * GROUP)
         self.query, self.keys, self.values = query[batch, own], keys[batch, head], values[batch, head]
@@ -59,7 +58,7 @@ class Judge:
         if name == "accumulated_attention" and not prompt:
             asked = min(asked, column - self.last)
         sums = torch.tensor([self.sums.get(place, (0.0, 0.0)) for place in held])
-        found = Held(
+        found = ScoreInputs(
             self.keys[None, None, held],
             self.values[None, None, held],
             torch.tensor(held)[None, None],
@@ -68,7 +67,7 @@ class Judge:
             torch.arange(column - asked, column)[None],
             ROTATION,
             stays=torch.tensor(stays)[None, None],
-            earlier=Received(sums[None, None, :, 0], sums[None, None, :, 1]),
+            earlier=AttentionTotals(sums[None, None, :, 0], sums[None, None, :, 1]),
         )
         slow = Slow(found)
         scores = slow.answer(name, self.score)[0, 0].tolist()
@@ -106,7 +105,7 @@ def test_every_choice_is_that_of_the_slow_score(name, shift, beside, prefill, ch
     names = list(SCORES)
     kept = [Retention(2, 6, 4, name), Retention(*beside, names[(names.index(name) + shift) % len(names)])]
     scores = {other: make_score(other, **parameters) for other, parameters in OTHERS.items()}
-    choosing = Choosing(every, observe, scores, ROTATION)
+    choosing = SelectionRule(every, observe, scores, ROTATION)
     layer, record = ChoosingLayer(kept, Shared(prefill, choosing=choosing)), []
     layer.record_choices(record)
     query, keys, values = text()

@@ -5,7 +5,7 @@ import torch
 
 from kvcompress.core.retention import Retention
 from kvcompress.scores.registry import SCORES
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import model_of, padded, tokens
 from tests.cache.select.select_tools import furthest, select_compressor, select_layers
 
@@ -33,8 +33,8 @@ def test_a_pass_may_be_longer_than_the_window_and_many_choices(score):
         Retention(1, 9, 2, score),
     ]
     for family, heads, choosing, chunk in (
-        ("gpt_neox", kinds, Choosing(every=1, observe=1), 24),
-        ("llama_mqa", kinds[:1], Choosing(), 1),
+        ("gpt_neox", kinds, SelectionRule(every=1, observe=1), 24),
+        ("llama_mqa", kinds[:1], SelectionRule(), 1),
     ):
         model = model_of(family)
         compressor = select_compressor(model, [heads, heads[::-1]], choosing)

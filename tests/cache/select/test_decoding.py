@@ -7,7 +7,7 @@ import torch
 
 from kvcompress.cache import fused_decode
 from kvcompress.cache.cuda_graph import GraphedDecoder
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import feed, model_of, padded, tokens
 from tests.cache.graph_stand_in import stand_in
 from tests.cache.select.select_tools import replayed, select_compressor, select_layers
@@ -32,7 +32,7 @@ def test_captured_steps_choose_when_it_is_time(monkeypatch, way, prefill, score,
     ids, mask = padded(3, prompt) if pads else (tokens(3, prompt), None)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     layers = select_layers(model, score)
-    compressor = select_compressor(model, layers, Choosing(every=4, observe=6))
+    compressor = select_compressor(model, layers, SelectionRule(every=4, observe=6))
     with compressor.attached(model), torch.inference_mode():
         cache = compressor.new_cache(model.config, prefill)
         with recorded_choices(cache) as choices:

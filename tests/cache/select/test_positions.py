@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvcompress.cache.layer import Shared
 from kvcompress.cache.select.layer import ChoosingLayer
 from kvcompress.core.retention import Retention
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.selection_rule import SelectionRule
 
 SCORES = st.sampled_from(["key_norm", "key_diff", "snapkv", "accumulated_attention"])
 chosen = st.builds(Retention, st.integers(0, 4), st.integers(1, 8), st.integers(1, 9), SCORES)
@@ -22,7 +22,7 @@ chunks = st.lists(st.integers(1, 20), min_size=1, max_size=7)
     chunks=chunks,
     pads=st.lists(st.integers(0, 25), min_size=1, max_size=3),
     prefill=st.sampled_from(["exact", "streaming"]),
-    choosing=st.builds(Choosing, st.integers(1, 9), st.integers(1, 5)),
+    choosing=st.builds(SelectionRule, st.integers(1, 9), st.integers(1, 5)),
 )
 def test_positions_held(heads, chunks, pads, prefill, choosing):
     shared = Shared(prefill, choosing=choosing)

@@ -19,9 +19,8 @@ from kvcompress.cache.select.types import Evidence, Exchange, Known
 from kvcompress.cache.storage import Meter, storage_bytes
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
-from kvcompress.scores.attention_totals import Received
-from kvcompress.scores.inputs import Held
-from kvcompress.scores.selection_rule import Choosing
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
+from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.scores.topk import best, first, ranking
 
 
@@ -29,7 +28,7 @@ class ChoosingGroup(Group):
     """Storage of the KV heads `heads`, which all keep `wanted`; `due` is the column before which they choose next, `known`
     what is known since they last did."""
 
-    def __init__(self, wanted: Retention, heads: Iterable[int], meter: Meter, choosing: Choosing) -> None:
+    def __init__(self, wanted: Retention, heads: Iterable[int], meter: Meter, choosing: SelectionRule) -> None:
         super().__init__(Retention(wanted.sinks + wanted.chosen, wanted.window), heads, meter)
         self.wanted, self.score = wanted, choosing.score(wanted.score)
         self.every = min(choosing.every, wanted.window)
@@ -79,9 +78,10 @@ class ChoosingGroup(Group):
             places, earlier = self._places(known.places, evidence.padding), known.earlier
         if earlier is not None:
             fresh = self.columns(keys.device) >= self._chosen_at
-            earlier = Received(earlier.total.masked_fill(fresh, 0), earlier.queries.masked_fill(fresh, 0))
+            earlier = AttentionTotals(earlier.total.masked_fill(fresh, 0), earlier.queries.masked_fill(fresh, 0))
         held = self._held(keys, values, places, evidence, earlier)
-        return self._exchange(self.score(held), places, evidence.padding, self.score.received(held))
+        received = self.score.received(held)
+        return self._exchange(self.score(held, received), places, evidence.padding, received)
 
     def choose_of_padded_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
         """Take the best of all columns of a prompt, `[batch, head, column, head_dim]`, which has just been appended."""
@@ -92,7 +92,8 @@ class ChoosingGroup(Group):
         columns = torch.arange(seen, device=device)
         places = (columns - pads)[:, None].clamp_min(-1)  # [batch, 1, column]
         held = self._held(keys, values, places, evidence, None)
-        scores = self.score(held)
+        received = self.score.received(held)
+        scores = self.score(held, received)
         # A row that has slots for all its tokens has them there already.
         short = (seen - pads <= self.capacity)[:, None]
         older = (places >= sinks) & (places < (seen - pads - window)[:, None])
@@ -109,7 +110,6 @@ class ChoosingGroup(Group):
         ring = self.columns(device)[sinks + chosen :]
         source = torch.cat((front.expand(shape), index, ring.expand(shape)), dim=-1)
         places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
-        received = self.score.received(held)
         earlier = None if received is None else received.take(source)
         self.settle(self._exchange(scores.gather(-1, source), places, evidence.padding, earlier))
 
@@ -119,8 +119,8 @@ class ChoosingGroup(Group):
         values: Tensor,
         places: Tensor,
         evidence: Evidence,
-        earlier: Received | None,
-    ) -> Held:
+        earlier: AttentionTotals | None,
+    ) -> ScoreInputs:
         sinks, window = self.wanted[:2]
         pads, device = evidence.padding.on(keys.device), keys.device
         queries, at = evidence.queries, None
@@ -132,7 +132,7 @@ class ChoosingGroup(Group):
             queries = queries.flatten(1, 2)
         until = self.seen - window + self.every
         stays = (places < sinks) | (places >= (until if pads is None else (until - pads)[:, None]))
-        return Held(
+        return ScoreInputs(
             keys,
             values,
             places,
@@ -144,7 +144,7 @@ class ChoosingGroup(Group):
             earlier=earlier,
         )
 
-    def _exchange(self, scores: Tensor, places: Tensor, padding: Padding, earlier: Received | None) -> Exchange:
+    def _exchange(self, scores: Tensor, places: Tensor, padding: Padding, earlier: AttentionTotals | None) -> Exchange:
         """Which rows to exchange so that the best lie in the slots of chosen keys; all `[.., head, slot]`."""
         sinks, _, chosen, _ = self.wanted
         device, end, goes = scores.device, sinks + chosen, self._goes(scores.device)
@@ -181,7 +181,7 @@ class ChoosingGroup(Group):
         self._reserve(keys.shape[2], keys[:, heads], values[:, heads])
         self.seen = keys.shape[2]
 
-    def hold(self, keys: Tensor, values: Tensor, source: Tensor, earlier: Received | None) -> None:
+    def hold(self, keys: Tensor, values: Tensor, source: Tensor, earlier: AttentionTotals | None) -> None:
         """Let slot i hold the column `source[.., i]` of a prompt without pads, `[batch, head, column, head_dim]`."""
         at = source[..., None]
         self.block.write(0, *(tensor.gather(2, at.expand(-1, -1, -1, tensor.shape[3])) for tensor in (keys, values)))

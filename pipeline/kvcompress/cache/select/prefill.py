@@ -16,9 +16,8 @@ from torch import Tensor
 
 from kvcompress.cache.select.head_group import ChoosingGroup
 from kvcompress.cache.select.types import Evidence
-from kvcompress.scores.attention_totals import Received
 from kvcompress.scores.base import Score
-from kvcompress.scores.inputs import Held
+from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.topk import ranking
 
 
@@ -89,20 +88,20 @@ class Prompt:
             begin, end = end, end + len(group.heads)
             yield slice(begin, end)
 
-    def _score(self, places: Tensor, stays: Tensor) -> tuple[Tensor, list[Received | None]]:
+    def _score(self, places: Tensor, stays: Tensor) -> tuple[Tensor, list[AttentionTotals | None]]:
         """Scores `[batch, head, column]`, and what each group's keys received."""
         scores, received = [], []
         for score, members in groupby(zip(self.groups, self._parts(), strict=True), lambda member: member[0].score):
             parts = [part for _, part in members]
             held = self.held(score, slice(parts[0].start, parts[-1].stop), places, stays)
-            scores.append(score.of_candidates(held))
             found, begin = score.received(held), parts[0].start
+            scores.append(score.of_candidates(held, found))
             for part in parts:
                 of = slice(part.start - begin, part.stop - begin)
-                received.append(found and Received(found.total[:, of], found.queries[:, of]))
+                received.append(found and AttentionTotals(found.total[:, of], found.queries[:, of]))
         return scores[0] if len(scores) == 1 else torch.cat(scores, 1), received
 
-    def held(self, score: Score, part: slice, places: Tensor, stays: Tensor) -> Held:
+    def held(self, score: Score, part: slice, places: Tensor, stays: Tensor) -> ScoreInputs:
         """What a score is given of these heads; `places` `[1, 1, column]`, `stays` `[1, head, column]`."""
         queries, at, stand, seen = None, None, None, self.keys.shape[2]
         if score.needs_queries:
@@ -112,7 +111,7 @@ class Prompt:
             queries = side_by_side(asked[:, :, :, some], self.heads[part]).flatten(1, 2)
             stand = range(seen - asked.shape[3], seen)[some]
             at = places[0, :, stand.start : stand.stop : stand.step]
-        return Held(
+        return ScoreInputs(
             self.keys[:, part],
             self.values[:, part],
             places,

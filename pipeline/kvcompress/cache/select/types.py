@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress.cache.padding import Padding
 from kvcompress.models.rotary import Rotation
-from kvcompress.scores.attention_totals import Received
+from kvcompress.scores.inputs import AttentionTotals
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Known:
     (None for scores that do not accumulate)."""
 
     places: Tensor
-    earlier: Received | None
+    earlier: AttentionTotals | None
 
     def rows(self, rows: Tensor) -> "Known":
         """The same of these rows of the batch."""
         places, *sums = (tensor.index_select(0, rows) for tensor in self.tensors)
-        return Known(places, Received(*sums) if sums else None)
+        return Known(places, AttentionTotals(*sums) if sums else None)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ class Exchange:
         earlier, begin = self.after.earlier, 0
         for count in heads:
             part = slice(begin, begin + count)
-            received = earlier and Received(earlier.total[:, part].clone(), earlier.queries[:, part].clone())
+            received = earlier and AttentionTotals(earlier.total[:, part].clone(), earlier.queries[:, part].clone())
             known = Known(self.after.places[:, part].clone(), received)
             yield Exchange(self.source[:, part], self.into[:, part], known)
             begin += count
@@ -78,5 +78,7 @@ def join_known(parts: Sequence[Known | None]) -> Known | None:
     if not known:
         return None
     earlier = [part.earlier for part in known if part.earlier is not None]
-    received = Received(join([of.total for of in earlier]), join([of.queries for of in earlier])) if earlier else None
+    received = (
+        AttentionTotals(join([of.total for of in earlier]), join([of.queries for of in earlier])) if earlier else None
+    )
     return Known(join([part.places for part in known]), received)

@@ -6,8 +6,7 @@ A cell knows nothing but its place; what is said about its head stands once, in 
 
 from collections.abc import Callable, Sequence
 
-from kvcompress.core.class_style import LABELS, LETTERS, STYLE
-from kvcompress.core.head_classes import HeadType
+from kvcompress.core.head_classes import CLASS_LABELS, CLASS_LETTERS, CLASS_STYLE, HeadType
 from kvcompress.reporting.page.heads import Grid
 from kvcompress.reporting.page.markup import Html, joined, tag
 from kvcompress.reporting.page.scale import Scale, cividis, ink_on
@@ -70,17 +69,21 @@ def class_map(kinds: Sequence[Sequence[HeadType]], title: str, note: str) -> Htm
     letters: list[Html] = []
     for i, layer in enumerate(kinds):
         for j, kind in enumerate(layer):
-            colour = STYLE[kind][0]
+            colour = CLASS_STYLE[kind][0]
             cells.append(cell(i, j, STEP, colour))
             place = {"x": LEFT + (i + 0.5) * STEP - 0.5, "y": (j + 0.5) * STEP - 0.5}
-            letters.append(tag("text", LETTERS[kind], **place, fill=ink_on(colour)))
+            letters.append(tag("text", CLASS_LETTERS[kind], **place, fill=ink_on(colour)))
     shown = joined([*cells, tag("g", letters, class_="letters", aria_hidden="true")])
-    counts = {kind: sum(layer.count(kind) for layer in kinds) for kind in STYLE}
+    counts = {kind: sum(layer.count(kind) for layer in kinds) for kind in CLASS_STYLE}
     keys = [
         tag(
             "li",
-            tag("b", LETTERS[kind], style=f"background:{STYLE[kind][0]};color:{ink_on(STYLE[kind][0])}"),
-            f" {LABELS[kind]}: {count}",
+            tag(
+                "b",
+                CLASS_LETTERS[kind],
+                style=f"background:{CLASS_STYLE[kind][0]};color:{ink_on(CLASS_STYLE[kind][0])}",
+            ),
+            f" {CLASS_LABELS[kind]}: {count}",
         )
         for kind, count in counts.items()
         if count

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress.core.class_style import LABELS
 from kvcompress.core.errors import InputError
-from kvcompress.core.head_classes import HeadClassification
+from kvcompress.core.head_classes import CLASS_LABELS, HeadClassification
 from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
@@ -27,7 +26,11 @@ def query_rows(statistics: Sequence[HeadStatistics], classes: Sequence[HeadClass
     rows = []
     for head, found in zip(statistics, classes, strict=True):
         induction = "–" if head.induction_score is None else f"{head.induction_score:.3f}"
-        row = [f"{head.layer_idx}.{head.head_idx}", LABELS[found.head_type], window_text(found.recommended_window)]
+        row = [
+            f"{head.layer_idx}.{head.head_idx}",
+            CLASS_LABELS[found.head_type],
+            window_text(found.recommended_window),
+        ]
         row += [f"{head.mean_entropy:.2f}", f"{head.sink_ratio:.3f}", f"{head.local_ratio:.3f}", induction]
         rows.append(row)
     return rows
