@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from kvcompress.analysis.params import ThresholdParams
-from kvcompress.analysis.plot_data import save_plot_data
 from kvcompress.analysis.validation_report import analysis_summary
-from kvcompress.analysis.visualize import save_figures
+from kvcompress.analysis.visualize import save_figures, save_plot_data
 from kvcompress.core.artifacts import write_text
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model

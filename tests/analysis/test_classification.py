@@ -1,6 +1,7 @@
 """The class rules: against 1,024 published heads where they are at hand, and rule by rule."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from kvcompress.analysis.classification import classify_first_pass, classify_hea
 from kvcompress.analysis.params import ThresholdParams, WindowParams
 from kvcompress.analysis.validation_report import class_metrics, validation_report
 from kvcompress.core.head_classes import (
-    HeadClassification,
     HeadType,
     ModelInfo,
     load_classifications,
@@ -44,7 +44,7 @@ def test_reproduces_every_published_head() -> None:
     assert len(found) == len(expected) == 1024
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.confidence == pytest.approx(theirs.confidence, abs=1e-6)
-        assert mine == HeadClassification(**{**vars(theirs), "confidence": mine.confidence})
+        assert mine == replace(theirs, confidence=mine.confidence)
     counts = Counter(one.head_type.value for one in found)
     assert counts == {"sink_positional": 361, "true_positional": 9, "sink_mixed": 452, "gathering": 88, "mixed": 114}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress.analysis.plot_data import save_plot_data
+from kvcompress.analysis.visualize import save_plot_data
 from kvcompress.core.artifacts import read_json, write_json
 from kvcompress.reporting.comparison_data import pareto_data, retrieval_data
 from tests.project.project import ROOT, run

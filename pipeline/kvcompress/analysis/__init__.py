@@ -1,4 +1,4 @@
-"""Head classes: rules, the analyzer, reports and figures. Public names load on first use."""
+"""Analysis of attention: head classes, the analyzer, reports and figures. Public names load on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,4 @@
-"""AttentionAnalyzer: from a model and texts to head statistics and classes, in one object.
-
-Collecting the sums is the part that runs the model; all that follows from them needs none.
-"""
+"""AttentionAnalyzer: measures and classifies the heads of a model on a text, in one object."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress.analysis.classification import (
-    DEFAULT_THRESHOLDS,
-    DEFAULT_WINDOWS,
-    HIGH_ENTROPY_THRESHOLD,
-    HIGH_LOCAL_THRESHOLD,
-    HIGH_SINK_THRESHOLD,
-    LOW_ENTROPY_THRESHOLD,
-    classify_heads,
-)
-from kvcompress.analysis.params import ThresholdParams, WindowParams
+from kvcompress.analysis.classification import classify_heads
+from kvcompress.analysis.params import DEFAULT_THRESHOLDS, DEFAULT_WINDOWS, ThresholdParams, WindowParams
 from kvcompress.analysis.validation_report import analysis_summary
 from kvcompress.collect.collect import collect_attention
 from kvcompress.collect.params import StatisticsParams
@@ -43,12 +32,22 @@ __all__ = [
     "collect_attention",
 ]
 
+LOW_ENTROPY_THRESHOLD = DEFAULT_THRESHOLDS.low_entropy
+HIGH_ENTROPY_THRESHOLD = DEFAULT_THRESHOLDS.high_entropy
+HIGH_LOCAL_THRESHOLD = DEFAULT_THRESHOLDS.local
+HIGH_SINK_THRESHOLD = DEFAULT_THRESHOLDS.sink
+
 
 class AttentionAnalyzer:
-    """Measures and classifies the attention heads of one model.
+    """Measure and classify the attention heads of one model.
 
-    `sink_size` first keys count as sinks, `local_window` last keys as local, the last `recent_ratio` of the visible keys
-    as recent. `device` moves the model there; None leaves it where it is.
+    Parameters
+    ----------
+    device: the model is moved there; None leaves it in place [default: None].
+    sink_size: number of first keys that count as sinks [default: 4].
+    local_window: number of last keys, the query's own included, that count as local [default: 8].
+    recent_ratio: share of the visible keys, from the last, that counts as recent [default: 0.1].
+    thresholds, windows: bounds and windows of the classes [default: those of `params.yaml`'s schema].
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class AttentionAnalyzer:
     def analyze(
         self, text: str, max_tokens: int = 2048, chunk_size: int = 512
     ) -> tuple[list[HeadStatistics], list[HeadClassification]]:
-        """Statistics and refined classes of every head on the first `max_tokens` tokens of `text`.
+        """Return statistics and refined classes of every head on the first `max_tokens` tokens of `text`.
 
-        Raises `InputError` where the text is empty or no longer than sinks and local window together, or where
-        `max_tokens` exceeds the model's context; `UnsupportedModelError` where attention cannot be observed.
+        Raises `InputError` if the text is no longer than sinks and local window together or `max_tokens` exceeds the
+        model's context, and `UnsupportedModelError` if the model's attention cannot be observed.
         """
         shape = Architecture.of_config(self.model.config)
         if not 2 <= max_tokens <= shape.max_context:
@@ -109,7 +108,7 @@ class AttentionAnalyzer:
         """
         info = next((info for measured, info in self._measured if measured is stats), None)
         if info is None:
-            raise InputError("these statistics are none that this analyzer's analyze returned")
+            raise InputError("`stats` must come from this analyzer's `analyze()`")
         output_dir = Path(output_dir)
         save_statistics(output_dir / "head_statistics.json", stats, info)
         save_classifications(output_dir / "head_classifications.json", classifications, info, "refined")

@@ -1,31 +1,16 @@
-"""From head statistics to classes: the first-pass taxonomy and the refined one.
+"""Classifies heads by their statistics: the first-pass taxonomy and the refined one.
 
-Entropies are in nats and grow with the text, so thresholds belong to one text length; the length is in `model_info`. The
-refined rules and confidences are those behind the published classification of Pythia-2.8b, all of whose 1,024 heads they
-reproduce. A class describes a head; it does not price it.
+Entropies (nats) grow with the text, so thresholds belong to one text length, which `model_info` records. The refined rules
+and confidences reproduce all 1,024 heads of the published classification of Pythia-2.8b. A class describes the attention of
+a head, not the cost of a smaller cache.
 """
 
 from collections.abc import Sequence
 
-from kvcompress.analysis.params import ThresholdParams, WindowParams
+from kvcompress.analysis.params import DEFAULT_THRESHOLDS, DEFAULT_WINDOWS, ThresholdParams, WindowParams
 from kvcompress.core.head_classes import HeadClassification, HeadType
 from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.core.retention import UNBOUNDED, Strategy
-
-LOW_ENTROPY_THRESHOLD = 1.5  # nats; below: candidate for a positional head
-HIGH_ENTROPY_THRESHOLD = 3.0  # nats; from here: gathering
-HIGH_LOCAL_THRESHOLD = 0.6  # share of attention on the local window
-HIGH_SINK_THRESHOLD = 0.3  # share of attention on the sinks
-DEAD_THRESHOLD = 0.1  # nats; KL divergence to uniform below this: dead
-
-DEFAULT_THRESHOLDS = ThresholdParams(
-    low_entropy=LOW_ENTROPY_THRESHOLD,
-    high_entropy=HIGH_ENTROPY_THRESHOLD,
-    local=HIGH_LOCAL_THRESHOLD,
-    sink=HIGH_SINK_THRESHOLD,
-    dead=DEAD_THRESHOLD,
-)
-DEFAULT_WINDOWS = WindowParams()
 
 
 def build(
@@ -36,7 +21,7 @@ def build(
     window: int = UNBOUNDED,
     sink_size: int = 4,
 ) -> HeadClassification:
-    """A classification whose flags follow from its strategy."""
+    """Return a classification whose flags follow from its strategy."""
     return HeadClassification(
         layer_idx=head.layer_idx,
         head_idx=head.head_idx,
@@ -53,7 +38,7 @@ def build(
 
 
 def dead(head: HeadStatistics, thresholds: ThresholdParams, sink_size: int) -> HeadClassification | None:
-    """A head whose attention is nearly uniform moves no information from any place: it can go."""
+    """Classify a head as dead if its attention is nearly uniform, so that it moves no information; else return None."""
     if head.uniformity_score >= thresholds.dead:
         return None
     return build(head, HeadType.DEAD, 1 - head.uniformity_score / thresholds.dead, "prune", 0, sink_size)
@@ -65,11 +50,11 @@ def classify_first_pass(
     windows: WindowParams = DEFAULT_WINDOWS,
     sink_size: int = 4,
 ) -> HeadClassification:
-    """The coarse taxonomy, first match wins.
+    """Classify a head by the coarse taxonomy; the first match wins.
 
-    dead: KL to uniform < thresholds.dead. positional: entropy < low_entropy and sinks plus local window hold at least
+    dead: KL to uniform < thresholds.dead. positional: entropy < low_entropy, and sinks plus local window hold at least
     thresholds.local of the attention, so that position alone explains it. gathering: entropy >= high_entropy. mixed: the
-    rest. Positional heads get the positional window, with sinks where the sink ratio is above thresholds.sink.
+    rest. Positional heads get the positional window, with sinks if the sink ratio is above thresholds.sink.
     """
     if found := dead(head, thresholds, sink_size):
         return found
@@ -89,7 +74,7 @@ def classify_refined(
     windows: WindowParams = DEFAULT_WINDOWS,
     sink_size: int = 4,
 ) -> HeadClassification:
-    """The refined taxonomy, first match wins: dead, sink_positional, true_positional, gathering, sink_mixed, mixed.
+    """Classify a head by the refined taxonomy; the first match wins.
 
     | class | rule | window | confidence |
     | --- | --- | --- | --- |
@@ -126,6 +111,6 @@ def classify_heads(
     sink_size: int = 4,
     refined: bool = True,
 ) -> list[HeadClassification]:
-    """One classification for every head, in the order of `statistics`."""
+    """Classify every head, in the order of `statistics`, by the refined taxonomy or the first pass."""
     classify = classify_refined if refined else classify_first_pass
     return [classify(head, thresholds, windows, sink_size) for head in statistics]

@@ -1,4 +1,4 @@
-"""Sections `thresholds` and `windows`: bounds between the classes and the windows these get."""
+"""Sections `thresholds` and `windows`: bounds between the head classes, and the window of each class."""
 
 from typing import Annotated
 
@@ -8,7 +8,14 @@ from kvcompress.core.params import Count, SectionParams, Share
 
 
 class ThresholdParams(SectionParams):
-    """Bounds between the classes: entropies and `dead` in nats, `local` and `sink` as shares of attention."""
+    """Bounds between the classes. The defaults are those of the published study.
+
+    low_entropy: attention entropy below which a head may be positional (nats).
+    high_entropy: attention entropy from which a head is gathering (nats).
+    local: share of attention on the local window.
+    sink: share of attention on the sinks.
+    dead: KL divergence to uniform attention below which a head is dead (nats).
+    """
 
     section = "thresholds"
 
@@ -28,7 +35,7 @@ class ThresholdParams(SectionParams):
 
 
 class WindowParams(SectionParams):
-    """Window of each class, in tokens; `wide_below_local`: true_positional heads less local than this get the wide one."""
+    """Window of each class (tokens). True-positional heads whose local ratio is below `wide_below_local` get the wide one."""
 
     section = "windows"
 
@@ -46,3 +53,7 @@ class WindowParams(SectionParams):
                 f"windows.sink_mixed_min ({self.sink_mixed_min}) is above windows.sink_mixed_max ({self.sink_mixed_max})"
             )
         return self
+
+
+DEFAULT_THRESHOLDS = ThresholdParams()
+DEFAULT_WINDOWS = WindowParams()

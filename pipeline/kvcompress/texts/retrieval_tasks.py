@@ -1,13 +1,14 @@
-"""Texts with facts in them, and the questions that ask for the facts.
+"""Retrieval tasks: texts with facts in them, and questions that ask for the facts.
 
-Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case
-is a context, a question that names the fact, and the answer. What calibrates never judges: the two uses have templates of
-their own, between other words. Whom facts are about, and words that are their values, come from one list for both.
+Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case is
+a context, a question that names the fact, and the answer. Calibration and evaluation have different templates and filler.
+Both draw subjects and word values from the same lists.
 """
 
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ Use = Literal["calibration", "evaluation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-# (what is said over and over, the fact, the question) of a passkey; that of evaluation is the published one.
+# (filler, fact, question) of a passkey; those of evaluation are the published ones.
 PASSKEY: dict[Use, tuple[str, str, str]] = {
     "evaluation": (
         FILLER,
@@ -39,7 +40,7 @@ apple river stone garden silver window engine forest candle market bridge winter
 marble pepper ribbon saddle timber velvet walnut anchor basket cotton feather ginger hammer jacket kettle ladder
 """.split()  # noqa: SIM905
 PLACES = ("house", "club", "room", "team", "school", "shop", "office", "station")
-# What a needle says and how it is asked for; a template that calibrates never judges.
+# (fact, question) of a needle; no template serves both uses.
 TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
     "calibration": (
         ("The access code of {who} is {value}.", "The access code of {who} is"),
@@ -61,9 +62,10 @@ TEMPLATES: dict[Use, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One fact to find. `depth` is the share of the context before it; token ids are plain lists.
+    """One fact to find; token ids are plain lists.
 
-    `kind`: of a needle, the words in which all of its kind are asked for.
+    depth: share of the context that precedes the fact.
+    kind: question template of a needle [default: empty for other tasks].
     """
 
     task: Task
@@ -79,7 +81,7 @@ class Case:
 
 
 class CaseMaker:
-    """Builds cases of exact context length with one tokenizer; the same seed gives the same cases."""
+    """Build cases of exact context length with one tokenizer. A seed always gives the same cases."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, use: Use = "evaluation") -> None:
         self.tokenizer, self.use = tokenizer, use
@@ -105,7 +107,7 @@ class CaseMaker:
         depth: float,
         kind: str = "",
     ) -> Case:
-        """Put the fact into the body so that the whole context has `length` tokens."""
+        """Insert the fact into the body so that the whole context has `length` tokens."""
         start, inserted = leading_tokens(self.tokenizer), self.encode(f" {fact} ")
         room = length - len(start) - len(inserted)
         if room < 1 or len(body) < room:
@@ -115,15 +117,15 @@ class CaseMaker:
         return Case(task, context, self.encode(f"\n{question}"), self.encode(f" {answer}"), depth, kind)
 
     def passkey(self, length: int, depth: float) -> Case:
-        """Five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
+        """Hide five digits in filler text (Mohtashami & Jaggi 2023, arXiv 2305.16300)."""
         key = self.number()
-        said, fact, question = PASSKEY[self.use]
-        filler = self.encode(said)
+        text, fact, question = PASSKEY[self.use]
+        filler = self.encode(text)
         body = filler * (length // len(filler) + 1)
         return self.assemble("passkey", body, fact.format(key=key), question, key, length, depth)
 
     def needle(self, prose: list[int], length: int, depth: float) -> Case:
-        """A sentence that does not belong there, somewhere in real prose; its value is a number or a word."""
+        """Hide an unrelated sentence in real prose; its value is a number or a word."""
         who = f"{self.random.choice(WORDS)} {self.random.choice(PLACES)}"
         fact, kind, value = self.statement(who)
         if len(prose) < length:
@@ -133,7 +135,7 @@ class CaseMaker:
         return self.assemble("needle", body, fact, question, value, length, depth, kind)
 
     def statement(self, who: str) -> tuple[str, str, str]:
-        """(fact, the question's template, value) about `who`, in one of the templates of this use."""
+        """Return (fact, question template, value) about `who`, from one of the templates of this use."""
         value = self.number() if self.random.random() < 0.5 else self.word()
         fact, kind = self.random.choice(TEMPLATES[self.use])
         return fact.format(who=who, value=value), kind, value
@@ -141,10 +143,10 @@ class CaseMaker:
     def many(
         self, prose: list[int], length: int, count: int, far: int = 0
     ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """One context of about `length` tokens with `count` needles, one in each of as many equal parts.
+        """Hide `count` needles in one context of about `length` tokens, one in each of as many equal parts.
 
-        None begins in the last `far` tokens of prose, where there are more. Returns (context, [(question, answer)]),
-        token ids. Raises `InputError` where the prose is too short.
+        None begins in the last `far` tokens of prose, if the prose is longer. Returns (context, [(question, answer)]) as
+        token ids. Raises `InputError` if the prose is too short.
         """
         subjects = self.random.sample([f"{word} {place}" for word in WORDS for place in PLACES], count)
         statements = [self.statement(who) for who in subjects]
@@ -152,7 +154,7 @@ class CaseMaker:
         context, room = leading_tokens(self.tokenizer), length - sum(map(len, facts))
         if room < count or len(prose) < room:
             raise InputError(
-                f"a context of {length} tokens cannot hold {count} facts and prose, of which there are {len(prose)} tokens"
+                f"a context of {length} tokens cannot be built from {count} facts and {len(prose)} tokens of prose"
             )
         start = self.random.randrange(len(prose) - room + 1)
         last, reach = 0, room - far if room > far else room
@@ -167,7 +169,7 @@ class CaseMaker:
         return context + prose[start + last : start + room], asked
 
     def lookup(self, length: int, depth: float) -> Case:
-        """One line among many of the form `key: value`, all keys different; the right one at `depth`."""
+        """Hide one line at `depth` among many of the form `key: value`, all keys different."""
         names, line = [f"{first} {second}" for first in WORDS for second in PLACES], LOOKUP[self.use]
         self.random.shuffle(names)
         lines = [
@@ -191,18 +193,16 @@ def make_cases(
     use: Use = "evaluation",
     tasks: Collection[Task] = TASKS,
 ) -> list[Case]:
-    """The tasks for every length and `depths` evenly spread depths, `per_depth` cases of each.
+    """Make the cases of `tasks` for every length at `depths` evenly spread depths, `per_depth` of each.
 
-    A case does not depend on which tasks are asked for beside its own.
+    A case does not depend on the other tasks that are asked for.
     """
     maker = CaseMaker(tokenizer, seed, use)
     texts = [maker.encode(text) for text in prose.values()]
     cases = []
-    for length in lengths:
-        for i in range(depths):
-            for repeat in range(per_depth):
-                depth = (i + 0.5) / depths
-                cases.append(maker.passkey(length, depth))
-                cases.append(maker.needle(texts[(i + repeat) % len(texts)], length, depth))
-                cases.append(maker.lookup(length, depth))
+    for length, i, repeat in product(lengths, range(depths), range(per_depth)):
+        depth = (i + 0.5) / depths
+        cases.append(maker.passkey(length, depth))
+        cases.append(maker.needle(texts[(i + repeat) % len(texts)], length, depth))
+        cases.append(maker.lookup(length, depth))
     return [case for case in cases if case.task in tasks]
