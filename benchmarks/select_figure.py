@@ -13,16 +13,7 @@ from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, read_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.reporting.comparison_data import OTHER, STYLE
-
-SCORES = {
-    "select snapkv": ("#E69F00", "D"),
-    "select expected_attention": ("#56B4E9", "P"),
-    "select leverage": ("#CC79A7", "v"),
-    "select key_diff": ("#999999", "x"),
-    "select key_norm": ("#F0E442", "<"),
-    "select accumulated_attention": ("#000000", ">"),
-}
+from kvcompress.reporting.style import look
 
 
 def judged(result: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -55,12 +46,12 @@ def draw(results: Sequence[Mapping[str, Any]]) -> Figure:
     for i, family in enumerate(families(results[0])[1:], start=1):
         rows = [result["rows"][i] for result in results]
         score, _, fixed = family.partition(", ")
-        colour, marker = (STYLE | SCORES).get(score, OTHER)
-        look: dict[str, Any] = {"color": colour, "marker": marker, "ls": "--" if fixed else "-", "lw": 1.2, "ms": 6}
+        _, colour, marker, _ = look(score)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "ls": "--" if fixed else "-", "lw": 1.2, "ms": 6}
         lost = [row["perplexity_gmean"] / whole["perplexity_gmean"] for row, whole in zip(rows, full, strict=True)]
-        text.plot([100 * row["mean_share"] for row in rows], lost, label=family, **look)
+        text.plot([100 * row["mean_share"] for row in rows], lost, label=family, **style)
         for axis, task in zip(facts, tasks, strict=True):
-            axis.plot(shares, [row["retrieval"][task]["share"] for row in rows], **look)
+            axis.plot(shares, [row["retrieval"][task]["share"] for row in rows], **style)
     for axis, task in zip(facts, tasks, strict=True):
         axis.axhline(full[0]["retrieval"][task]["share"], color="0.6", lw=0.8, ls=":")
         axis.set(title=f"{task}: share found", ylim=(-0.03, 1.03), xscale="log")

@@ -35,7 +35,7 @@ from kvcompress.models.params import ModelParams, source_of
 from kvcompress.models.sources import ModelRecord, locate_model
 from kvcompress.planning.params import BudgetParams
 from kvcompress.planning.policies import Planner
-from kvcompress.reporting.comparison_data import interval_cell
+from kvcompress.reporting.tables import change
 from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import SelectionRule
 from kvcompress.sensitivity.prices import Sensitivity
@@ -106,7 +106,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["name"], f"{row['share']:.1%}", f"{row['mean_share']:.1%}", f"{row['perplexity_gmean']:.2f}"]
         cells += [f"{row['texts'][text]['perplexity']:.2f}" for text in texts]
         cells.append(f"{row['rival']['gmean_ratio']:.3f}" if "rival" in row else "")
-        cells.append(interval_cell(row["nll_over_full"]))
+        cells.append(change(row["nll_over_full"]))
         for task in tasks:
             facts = row["retrieval"][task]
             cells.append(f"{facts['correct']} ({facts['low']:.2f} … {facts['high']:.2f})")

@@ -9,12 +9,12 @@ from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.evaluation.beyond import beyond_contenders, stream
-from kvcompress.evaluation.compare import compare, metrics
+from kvcompress.evaluation.compare import compare
 from kvcompress.evaluation.contenders import ABLATIONS, contenders_for, plan_contenders
 from kvcompress.evaluation.params import AblationParams
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.reporting.comparison_report import report
+from kvcompress.reporting.comparison import metrics, report
 from kvcompress.texts.corpora import documents, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.model_run import chosen_model, model_params, share_documents

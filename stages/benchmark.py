@@ -12,9 +12,8 @@ from kvcompress.core.plan import plans_of
 from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
 from kvcompress.evaluation.benchmark_params import HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
-from kvcompress.evaluation.benchmark_rows import metrics
 from kvcompress.models.load import load_model
-from kvcompress.reporting.benchmark_report import show
+from kvcompress.reporting.benchmark import metrics, show
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
 from stages.model_run import chosen_model, model_params
@@ -69,7 +68,7 @@ def main(
     if output:
         write_json(output, result)
     if metrics_file:
-        write_json(metrics_file, metrics(result["rows"]))
+        write_json(metrics_file, metrics([result]))
     show(result, Console())
 
 

@@ -8,12 +8,12 @@ import typer
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.evaluation.compare import compare, metrics
+from kvcompress.evaluation.compare import compare
 from kvcompress.evaluation.contenders import plan_contenders
 from kvcompress.evaluation.params import ComparePlansParams
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.reporting.comparison_report import report
+from kvcompress.reporting.comparison import metrics, report
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.model_run import chosen_model, model_params, share_documents

@@ -11,10 +11,7 @@ from kvcompress.core.head_statistics import load_statistics, require_same_model
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.planning.params import BudgetParams
-from kvcompress.reporting.page.document import document
-from kvcompress.reporting.page.heads import require_same_heads
-from kvcompress.reporting.page.inputs import load_plans, load_prices, load_results
-from kvcompress.reporting.page.sections import Inputs
+from kvcompress.reporting.page import Inputs, document, load_plans, load_prices, load_results, require_same_heads
 from stages.common import DataDir, ParamsFile, ReportsDir, run, stage_app
 
 app = stage_app()
@@ -27,29 +24,22 @@ def main(
     reports_dir: ReportsDir = Path("reports"),
     output: Annotated[Path | None, typer.Option(help="The page [default: reports-dir/index.html].")] = None,
 ) -> None:
-    """Write index.html from statistics, classes, prices, plans and results; a benchmark is shown where there is one."""
+    """Write index.html from statistics, classes, prices, plans and results; a missing benchmark is left out."""
     context = load_section(BudgetParams, params).context_length
     statistics = load_statistics(data_dir / "head_statistics.json")
     path = data_dir / "refined_classifications.json"
     classes = load_classifications(path)
     require_same_model(statistics, classes, path)
     info = statistics.model_info
-    prices = load_prices(reports_dir / "plots/prices.json")
+    prices = load_prices(reports_dir / "prices/prices.json")
     plans = load_plans(plans_of(reports_dir / "plans", info.model_id or "unknown"), context)
     require_same_heads(prices, plans, info.num_layers, info.num_heads)
-    benchmark = reports_dir / "benchmark.json"
-    page = document(
-        Inputs(
-            statistics,
-            classes.ordered,
-            prices,
-            plans,
-            load_results(reports_dir / "ablation.json"),
-            load_results(reports_dir / "plan_comparison.json"),
-            context,
-            load_results(benchmark) if benchmark.is_file() else None,
-        )
+    ablation, comparison = (
+        load_results(reports_dir / f"{name}/{name}.json") for name in ("ablation", "plan_comparison")
     )
+    benchmark = reports_dir / "benchmark/benchmark.json"
+    timed = load_results(benchmark) if benchmark.is_file() else []
+    page = document(Inputs(statistics, classes.ordered, prices, plans, ablation, comparison, context, timed))
     target = output or reports_dir / "index.html"
     write_text(target, page)
     print(f"{target}: {len(page.encode()) / 1000:.0f} KB")

@@ -16,8 +16,8 @@ import typer
 from benchmarks.select_quality import table as select_table
 from kvcompress.core.artifacts import read_json, read_text, write_text
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.reporting.comparison_data import by_size, facts_cells, leading_cells, rows_of
-from kvcompress.reporting.comparison_report import origin, plan_table, verdict
+from kvcompress.reporting.comparison import by_size, conclusion, facts_cells, leading_cells, origin, plan_table, rows_of
+from kvcompress.reporting.tables import markdown
 from tools.cost_tables import batch, choosing, kernel, prefill, steps
 from tools.cost_tables import table as table_of
 from tools.scaling_tables import long, scaling
@@ -31,19 +31,20 @@ def ablation(results: Results) -> str:
     rows = rows_of(results)
     tasks = list(rows[0]["retrieval"])
     header = ["contender (sinks + window)", "bytes", "perplexity", "ΔNLL to the full cache", *tasks]
-    lines = [origin(results[0]), "", "| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    lines += ["| " + " | ".join([*leading_cells(row), *facts_cells(row)]) + " |" for row in by_size(rows)]
+    lines = [
+        origin(results[0]),
+        "",
+        markdown(header, ([*leading_cells(row), *facts_cells(row)] for row in by_size(rows))),
+    ]
     (table,) = (row for row in rows if row["name"] == "class table")
-    return "\n".join([*lines, "", f"**{verdict(table)}**"])
+    return "\n".join([*lines, "", f"**{conclusion(table)}**"])
 
 
 def plans(results: Results) -> str:
     """Allocated plans against uniform caches of the same bytes, and the verdicts on the policies that price heads."""
     (result,) = results
-    sentences = [verdict(row) for row in result["rows"] if row["family"] in ("priced", "select")]
-    return "\n".join(
-        [origin(result), "", *plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)]
-    )
+    sentences = [conclusion(row) for row in result["rows"] if row["family"] in ("priced", "select")]
+    return "\n".join([origin(result), "", plan_table(result["rows"]), "", *(f"- {sentence}" for sentence in sentences)])
 
 
 def headline(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
-"""The ablation end to end on a tiny model, and the words of its verdicts."""
+"""The ablation end to end on a tiny model, and its conclusions."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +10,10 @@ from kvcompress.collect.collect import collect_attention
 from kvcompress.collect.params import StatisticsParams
 from kvcompress.collect.statistics import compute_statistics
 from kvcompress.core.head_classes import save_classifications
-from kvcompress.evaluation.compare import metrics, run_ablation
+from kvcompress.evaluation.compare import run_ablation
 from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
 from kvcompress.evaluation.params import AblationParams
-from kvcompress.reporting.comparison_data import pareto_data
-from kvcompress.reporting.comparison_plots import save_ablation_plots
-from kvcompress.reporting.comparison_report import report, verdict
+from kvcompress.reporting.comparison import conclusion, metrics, report
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
@@ -78,21 +74,18 @@ def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:
     return {"name": "mine", "share": 0.25, "perplexity": 9.0, "rival": rival}
 
 
-def test_verdicts_say_who_wins_and_admit_defeat() -> None:
-    assert "mine wins against uniform: perplexity 9.00 against 10.00 at 25.0%" in str(verdict(made_row(-0.2, -0.1)))
-    assert "mine loses to uniform" in str(verdict(made_row(0.1, 0.2)))
-    assert "cannot be told apart" in str(verdict(made_row(-0.1, 0.2)))
-    assert "not comparable: bytes 1.020 to 1" in str(verdict(made_row(-0.2, -0.1, 1.02)))
-    assert verdict({"name": "full"}) is None
+def test_conclusions_say_which_of_two_wins() -> None:
+    assert "mine wins against uniform: perplexity 9.00 against 10.00 at 25.0%" in str(conclusion(made_row(-0.2, -0.1)))
+    assert "mine loses to uniform" in str(conclusion(made_row(0.1, 0.2)))
+    assert "cannot be told apart" in str(conclusion(made_row(-0.1, 0.2)))
+    assert "not comparable: the ratio of their bytes is 1.020" in str(conclusion(made_row(-0.2, -0.1, 1.02)))
+    assert conclusion({"name": "full"}) is None
 
 
-def test_report_and_plots(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_report_and_metrics(rows: list[dict[str, Any]]) -> None:
     where = {"device": "d", "threads": 1, "dtype": "float32", "torch": "t", "transformers": "v"}
     result = {"model": "m", "texts": ["a", "b"], "environment": where, "settings": PARAMS.model_dump(), "rows": rows}
     text = report([result])
     assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 2
     assert text.count("ΔNLL") >= 9
-    save_ablation_plots(tmp_path, tmp_path / "figures", rows, "tiny", 50)
-    assert json.loads((tmp_path / "pareto.json").read_text()) == pareto_data(rows)
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"pareto.png", "retrieval.png"}
     assert set(metrics(rows)) == {row["name"] for row in rows}

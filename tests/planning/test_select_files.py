@@ -15,7 +15,7 @@ from kvcompress.core.head_classes import HeadClassification, HeadType, load_clas
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention, intersection, union
 from kvcompress.methods import HeadAwareCompressor, HeadCompressionConfig, head_aware_compress
-from kvcompress.reporting.page.heads import slots_text
+from kvcompress.reporting.head_map import slots_text
 from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import feed, model_of, tokens
 from tests.project.project import ROOT

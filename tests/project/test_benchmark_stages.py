@@ -15,9 +15,8 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.benchmark_params import BASELINES, METHODS, BenchmarkParams
 from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
-from kvcompress.reporting.benchmark_plots import growth_columns, method_data
-from kvcompress.reporting.benchmark_report import GROWTH, QUALITY, SPEED, report, terminal
-from stages import benchmark, plot_benchmark
+from kvcompress.reporting.benchmark import GROWTH, QUALITY, SPEED, growth_data, method_data, report, terminal
+from stages import benchmark, plot
 from tests.project.project import copy_project, stage_here
 from tests.tiny import tiny_model
 
@@ -40,7 +39,7 @@ def test_decode_growth_beside_the_limit() -> None:
         assert row["step_limit_ms"] == pytest.approx((weight_bytes(model) + nbytes) / 1e3, abs=0.01)
         assert row["step_p10"] <= row["step_ms"] <= row["step_p90"]
         assert row["contender"] != "full" or row["step_ratio"] == row["attention_ratio"] == 1
-    columns = growth_columns(rows)
+    columns = growth_data([{"growth": rows}])
     assert [row["context"] for row in columns] == [64, 128]
     assert columns[0]["mine"] == rows[2]["step_ms"]
 
@@ -113,15 +112,15 @@ def test_all_methods_and_their_page(project: Path, monkeypatch: pytest.MonkeyPat
         console = Console(width=80, record=True, file=(tmp_path / "table").open("w"))
         console.print(terminal(columns, rows))
         assert "…" not in console.export_text()
-    done = CliRunner().invoke(plot_benchmark.app, ["out.json", "--reports-dir", str(tmp_path)])
+    done = CliRunner().invoke(plot.app, ["benchmark", "out.json", "--reports-dir", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    text = (tmp_path / "benchmark.md").read_text()
+    text = (tmp_path / "benchmark/benchmark.md").read_text()
     assert text == report([result])
     assert sum(line.startswith("| streaming_llm |") for line in text.splitlines()) == 2
     assert "48 tokens from seen, unseen" in text
-    assert json.loads((tmp_path / "plots/benchmark/methods.json").read_text()) == method_data([result])
-    assert [row["context"] for row in json.loads((tmp_path / "plots/benchmark/growth.json").read_text())] == [32, 48]
-    assert (tmp_path / "figures/benchmark/growth.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "benchmark/plots/methods.json").read_text()) == method_data([result])
+    assert [row["context"] for row in json.loads((tmp_path / "benchmark/plots/growth.json").read_text())] == [32, 48]
+    assert (tmp_path / "benchmark/figures/growth.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,8 @@ def test_errors_are_one_sentence_and_nothing_is_written(
 
 def test_a_page_needs_results(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    done = CliRunner().invoke(plot_benchmark.app, ["classes.json"])
-    assert re.search("classes.json is not the result of a benchmark", str(done.exception))
+    done = CliRunner().invoke(plot.app, ["benchmark", "classes.json"])
+    assert re.search("classes.json is not a result for the report 'benchmark'", str(done.exception))
 
 
 def test_the_pipeline_runs_every_method_once() -> None:

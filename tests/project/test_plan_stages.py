@@ -13,7 +13,7 @@ from kvcompress.core.head_statistics import load_statistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.contenders import FULL_CACHE, plan_contenders
-from kvcompress.reporting.comparison_report import report
+from kvcompress.reporting.comparison import report
 from kvcompress.scores.selection_rule import kept_query_slots
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.report import price_report

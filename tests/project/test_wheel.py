@@ -11,7 +11,13 @@ import setuptools
 from tests.project.project import ROOT
 from tests.project.wheel_trial import copy_sources
 
-TYPES_AND_DATA = {"py.typed", "page/page.css", "page/page.js", "methods/__init__.pyi", "planning/__init__.pyi"}
+TYPES_AND_DATA = {
+    "py.typed",
+    "reporting/page.css",
+    "reporting/page.js",
+    "methods/__init__.pyi",
+    "planning/__init__.pyi",
+}
 BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
 
 
@@ -49,7 +55,7 @@ def test_unpacked_it_is_imported_and_runs(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import kvcompress\nfrom kvcompress.methods import StreamingLLMCompressor\n"
         "from kvcompress.planning import make_plan\nfrom kvcompress.analysis import AttentionAnalyzer\n"
-        "from kvcompress.reporting.page.document import HERE\nfrom kvcompress.cli.main import run\n"
+        "from kvcompress.reporting.page import HERE\nfrom kvcompress.cli.main import run\n"
         "print(kvcompress.__file__, (HERE / 'page.css').is_file(), flush=True)\nrun()"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}", "--help"]

@@ -1,4 +1,4 @@
-"""Files for the report page of a made-up model: 3 layers, 4 query heads and 2 KV heads each; no model runs."""
+"""Files for the report page of an invented model: 3 layers, 4 query heads and 2 KV heads each; no model runs."""
 
 from pathlib import Path
 from typing import Any
@@ -83,23 +83,40 @@ def benchmark(model: str) -> list[dict[str, Any]]:
     for i, name in enumerate(("full", "head_aware")):
         speed = {
             "first_token_ms": {"median": 90.0 + i},
+            "prefill_tokens_per_s": 700.0,
+            "compress_ms": None,
             "decode_tokens_per_s": 12.5,
+            "decode_ms": {"median": 80.0, "p10": 70.0, "p90": 95.0},
             "bytes_mean": 2e6,
             "bytes_peak": 3e6,
+            "peak_device_bytes": None,
+            "tokens": 8,
+            "perplexity": 9.5,
+            "accuracy": 0.5,
         }
+        nll = {"mean": 0.1 * i, "low": None, "high": None}
         settings = "plan: class_table" if i else "DynamicCache, SDPA"
         rows.append(
             {
                 "name": name,
                 "settings": settings,
                 **speed,
-                "to_full": {"decode_times_faster": 1.0 + i, "bytes_share": 1.0 - 0.5 * i},
+                "to_full": {"decode_times_faster": 1.0 + i, "bytes_share": 1.0 - 0.5 * i, "nll": nll},
             }
         )
-    step = {"batch": 1, "megabytes": 1.0, "step_ms": 10.0, "step_p10": 9.0, "step_p90": 12.0}
+    step: dict[str, Any] = {"batch": 1, "megabytes": 1.0}
+    for part in ("step", "attention"):
+        step |= {
+            f"{part}_ms": 10.0,
+            f"{part}_p10": 9.0,
+            f"{part}_p90": 12.0,
+            f"{part}_ratio": 1.0,
+            f"{part}_limit_ms": 2.0,
+        }
     growth = [{"contender": row["name"], "context": context, **step} for row in rows for context in (64, 128)]
-    settings = {"num_samples": 1, "max_tokens": 64, "max_new_tokens": 8}
-    return [{"model": model, "environment": ENVIRONMENT, "settings": settings, "rows": rows, "growth": growth}]
+    settings = {"num_samples": 1, "max_tokens": 64, "max_new_tokens": 8, "turn": 4, "growth_rounds": 3}
+    result = {"model": model, "environment": ENVIRONMENT, "settings": settings, "samples": ["prose"], "rows": rows}
+    return [result | {"growth": growth, "weight_bytes": 1e6, "copy_bytes_per_s": 1e9}]
 
 
 def write_files(folder: Path, model: str = "maker/made-up", speed: bool = False) -> Path:
@@ -118,19 +135,19 @@ def write_files(folder: Path, model: str = "maker/made-up", speed: bool = False)
         for i in range(LAYERS)
         for j in range(KV_HEADS)
     ]
-    write_json(folder / "reports/plots/prices.json", prices)
+    write_json(folder / "reports/prices/prices.json", prices)
     for size, window in (("25", 60), ("6.25", 12)):
         kept = ((FULL, Retention(4, window)), *((Retention(4, window),) * KV_HEADS,) * (LAYERS - 1))
         plan = RetentionPlan(kept, HEADS, model, "priced", {"share": float(size) / 100})
         plan.save(folder / "reports/plans" / model.replace("/", "--") / f"priced-{size}.json")
-    write_json(folder / "reports/ablation.json", ablation(model))
-    write_json(folder / "reports/plan_comparison.json", comparison(model))
+    write_json(folder / "reports/ablation/ablation.json", ablation(model))
+    write_json(folder / "reports/plan_comparison/plan_comparison.json", comparison(model))
     if speed:
-        write_json(folder / "reports/benchmark.json", benchmark(model))
+        write_json(folder / "reports/benchmark/benchmark.json", benchmark(model))
     return folder
 
 
 def made_page(folder: Path) -> str:
-    """What the stage makes of these files."""
+    """Return the page that the stage writes from these files."""
     main(ROOT / "params.yaml", folder / "data", folder / "reports")
     return (folder / "reports/index.html").read_text()

@@ -6,15 +6,18 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kvcompress.analysis.visualize import save_plot_data
 from kvcompress.core.artifacts import read_json, write_json
-from kvcompress.reporting.comparison_data import pareto_data, retrieval_data
+from kvcompress.reporting.benchmark import growth_data, method_data
+from kvcompress.reporting.comparison import pareto_data, retrieval_data
 from tests.project.project import ROOT, run
 from tests.reporting.chromium import needs_browser, show
 from tests.reporting.page_files import HEADS, LAYERS, classified, head, made_page, write_files
 
 pytestmark = needs_browser
+PLOTS = [name for entry in yaml.safe_load((ROOT / "reports/dvc.yaml").read_text())["plots"] for name in entry]
 WIDTHS = (1280, 390)
 SAY_WIDTH = "<script>parent.postMessage(`${document.documentElement.scrollWidth} of ${innerWidth}`, '*')</script>"
 
@@ -27,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def framed(page: Path, width: int) -> Path:
-    """A page that shows another in a frame of this width, and writes down what the other says: how wide it has become."""
+    """Return a page with another in a frame of this width; it writes down how wide the other has become."""
     copy, frame = page.with_name(f"copy{width}.html"), page.with_name(f"frame{width}.html")
     copy.write_text(page.read_text().replace("</body>", SAY_WIDTH + "</body>"))
     frame.write_text(
@@ -67,19 +70,25 @@ def test_a_head_says_what_is_known_of_it(folder: Path, tmp_path: Path, kind: str
 
 @pytest.fixture(scope="module")
 def project(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with dvc.yaml and the files that its plots read, and another version of them in the workspace."""
+    """A repository with the plots' section and its data, and another version of the data in the workspace."""
     made = tmp_path_factory.mktemp("plots")
     shutil.copytree(ROOT / ".dvc/plots", made / ".dvc/plots")
-    for name in ("dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+    reports = made / "reports"
+    reports.mkdir()
+    for name in ("reports/dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, made / name)
-    plots = made / "reports/plots"
     places = [(i, j) for i in range(LAYERS) for j in range(HEADS)]
+    plots = reports / "analysis/plots"
     save_plot_data(plots, [head(*place) for place in places], [classified(*place) for place in places])
-    shutil.copy(folder / "reports/plots/prices.json", plots)
+    shutil.copytree(folder / "reports/prices", reports / "prices")
     for name in ("ablation", "plan_comparison"):
-        rows = read_json(folder / f"reports/{name}.json")[0]["rows"]
-        write_json(plots / name / "pareto.json", pareto_data(rows))
-        write_json(plots / name / "retrieval.json", retrieval_data(rows))
+        rows = read_json(folder / f"reports/{name}/{name}.json")[0]["rows"]
+        write_json(reports / name / "plots/pareto.json", pareto_data(rows))
+        write_json(reports / name / "plots/retrieval.json", retrieval_data(rows))
+    timed = read_json(folder / "reports/benchmark/benchmark.json")
+    timed[0]["growth"] += [row | {"contender": "uniform 25%"} for row in timed[0]["growth"][:2]]
+    write_json(reports / "benchmark/plots/growth.json", growth_data(timed))
+    write_json(reports / "benchmark/plots/methods.json", method_data(timed))
     run(made, "git", "init", "-q")
     run(made, "git", "add", "-A")
     run(made, "git", "commit", "-qm", "start")
@@ -93,15 +102,20 @@ OWN = {  # plot -> marks of one revision, by kind
     "windows of heads": {"rect": LAYERS * HEADS},
     "prices of heads": {"rect": 6},
     "facts that heads carry": {"rect": 6},
-    "quality against bytes": {"symbol": 4, "rule": 4, "line": 1},
-    "plans against bytes": {"symbol": 6, "rule": 6, "line": 2},
+    "quality against bytes": {"symbol": 4, "rule": 4, "line": 3},
+    "plans against bytes": {"symbol": 6, "rule": 6, "line": 4},
     "facts found by plans": {"rect": 12},
 }
 
 
+def part_of(dom: str, plot: str) -> str:
+    (part,) = re.findall(rf'id="[^"]*{plot.replace(" ", "_")}"(.*?)(?:<div id=|</main>)', dom, re.DOTALL)
+    return part
+
+
 def marks(dom: str, plot: str) -> dict[str, int]:
-    """How many marks of each kind a plot has drawn."""
-    part = dom.split(f'id="{plot.replace(" ", "_")}"')[1].split("<div id=")[0]
+    """Count the marks of each kind in a plot."""
+    part = part_of(dom, plot)
     found: dict[str, int] = {}
     for kind, inside in re.findall(r'<g class="mark-(\w+) role-mark [^"]*marks"[^>]*>(.*?)</g>', part, re.DOTALL):
         found[kind] = found.get(kind, 0) + inside.count("<path") + inside.count("<line")
@@ -112,10 +126,13 @@ def marks(dom: str, plot: str) -> dict[str, int]:
 def test_dvc_plots_draws_every_plot_without_a_network(
     project: Path, tmp_path: Path, command: str, revisions: int
 ) -> None:
-    run(project, "dvc", "plots", command, check=False)  # the folders of figures are not here, which it says
+    run(project, "dvc", "plots", command)
     shown = show(project / "dvc_plots/index.html", tmp_path)
     assert shown.asked == []
     for plot, expected in OWN.items():
         assert marks(shown.dom, plot) == {kind: count * revisions for kind, count in expected.items()}, plot
-    for plot in ("heads in each class", "entropy by layer", "sink ratio by layer", "window against entropy"):
+    for plot in set(PLOTS) - set(OWN):
         assert sum(marks(shown.dom, plot).values()) > 0, plot
+    methods = [unescape(one) for one in re.findall(r">([^<>]*)</text>", part_of(shown.dom, "plans against bytes"))]
+    legend = [one for one in methods if one in ("priced", "full cache", "sink + window (StreamingLLM)", "random heads")]
+    assert legend == ["priced", "full cache", "sink + window (StreamingLLM)", "random heads"]

@@ -85,7 +85,7 @@ def benchmark(
     from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
     from kvcompress.evaluation.benchmark_params import BenchmarkParams
     from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
-    from kvcompress.reporting.benchmark_report import show
+    from kvcompress.reporting.benchmark import show
 
     require_known(methods)
     amounts = {"num_samples": num_samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "share": share}

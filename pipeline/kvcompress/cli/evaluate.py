@@ -30,7 +30,7 @@ def show_rows(result: Mapping[str, Any], console: "Console") -> None:
     """A line for every cache, and in words who wins at equal bytes."""
     from rich.table import Table
 
-    from kvcompress.reporting.comparison_report import origin, verdict
+    from kvcompress.reporting.comparison import conclusion, origin
 
     rows = result["rows"]
     table = Table("cache", "bytes", "perplexity", "KL", *rows[0]["retrieval"])
@@ -40,7 +40,7 @@ def show_rows(result: Mapping[str, Any], console: "Console") -> None:
         found = [f"{of['correct']}/{of['total']}" for of in row["retrieval"].values()]
         table.add_row(row["name"], f"{row['share']:.1%}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", *found)
     console.print(origin(result), table, sep="\n\n", highlight=False)
-    for sentence in filter(None, map(verdict, rows)):
+    for sentence in filter(None, map(conclusion, rows)):
         console.print(f"\n{sentence}", highlight=False)
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// Hover and keyboard focus. What is said about a head stands in its row of the table; a point of a chart carries its own text.
+// Pointer and keyboard on head maps. The facts about a head are read from its row of the table below the maps.
 const tip = document.getElementById("tip"), said = document.getElementById("said");
 const maps = [...document.querySelectorAll("svg.map")];
 const cellsOf = (map) => map.querySelector(".cells").querySelectorAll(":scope > rect");
@@ -70,12 +70,6 @@ for (const map of maps) {
     const sameLayer = Math.abs(step) !== 1 || Math.floor(at / heads) === Math.floor((at + step) / heads);
     if (cells[at + step] && sameLayer) choose(map, at + step, true);
   });
-}
-
-for (const point of document.querySelectorAll("[data-tip]")) {
-  const here = () => show(point.dataset.tip, point.firstElementChild, false);
-  for (const name of ["pointerenter", "focus", "click"]) point.addEventListener(name, here);
-  for (const name of ["pointerleave", "blur"]) point.addEventListener(name, hide);
 }
 
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
