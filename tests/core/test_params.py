@@ -47,7 +47,7 @@ def test_the_committed_file_is_valid(name: str) -> None:
         (ModelParams, "sha256: bcc8", "sha256: bcc", "sha256"),
         (CorpusParams, "calibration: ", "calibration: 0.0 # ", "no text has a calibration share"),
         (CorpusParams, "calibration: 0.0", "calibration: 0.5", "at least one must be for evaluation alone"),
-        (CorpusParams, "stdlib: pydoc_data.topics", "file: null", "source is stdlib, but there is no stdlib"),
+        (CorpusParams, "stdlib: pydoc_data.topics", "file: null", "source is stdlib, but the field stdlib is missing"),
         (ThresholdParams, "thresholds:", "threshold:", "there is no section 'threshold'"),
         (ThresholdParams, "plots:", "plots: [", "is not YAML"),
     ],

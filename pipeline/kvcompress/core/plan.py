@@ -23,14 +23,6 @@ class PlanModel(BaseModel):
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
 
-    @model_validator(mode="after")
-    def heads_are_grouped(self) -> "PlanModel":
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} query heads cannot be shared by {self.num_key_value_heads} KV heads"
-            )
-        return self
-
 
 class PlanHead(BaseModel):
     """One line of a plan file; `select_size` and `score` are absent unless keys are chosen."""
@@ -156,7 +148,10 @@ class RetentionPlan:
         rows = sorted(file.heads, key=lambda head: (head.layer, head.kv_head))
         kept, width = [head.retention for head in rows], file.model.num_key_value_heads
         layers = tuple(tuple(kept[i : i + width]) for i in range(0, len(kept), width))
-        return cls(layers, file.model.num_attention_heads, file.model.id, file.policy, file.budget, file.made_from)
+        try:
+            return cls(layers, file.model.num_attention_heads, file.model.id, file.policy, file.budget, file.made_from)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a plan file, one line for each head."""

@@ -48,19 +48,18 @@ def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
     not available, or if the parts have a passage in common.
     """
     records: dict[str, TextRecord] = {}
-    parts: dict[Split, dict[str, str]] = {"calibration": {}, "evaluation": {}}
+    calibration, evaluation = dict[str, str](), dict[str, str]()
     for name, text_params in params.texts.items():
         text, source = fetch_text(name, text_params)
         cut = cut_at(text, text_params.calibration)
         digest = hashlib.sha256(text.encode()).hexdigest()
         records[name] = TextRecord(source=source, sha256=digest, characters=len(text), calibration_characters=cut)
-        for split, part in (("calibration", text[:cut]), ("evaluation", text[cut:])):
-            if part:
-                parts[split][name] = part  # type: ignore[index]
-    require_disjoint(parts["calibration"], parts["evaluation"])
+        calibration |= {name: text[:cut]} if cut else {}
+        evaluation |= {name: text[cut:]} if text[cut:] else {}
+    require_disjoint(calibration, evaluation)
     record = CorpusRecord(texts=records)
     with replaced_folder(folder) as target:
-        for split, texts in parts.items():
+        for split, texts in (("calibration", calibration), ("evaluation", evaluation)):
             for name, text in texts.items():
                 write_text(target / split / f"{name}.txt", text)
         write_json(target / "corpus.json", record.model_dump())
@@ -148,6 +147,11 @@ def cut_at(text: str, share: float) -> int:
     return place
 
 
+def dense(text: str) -> str:
+    """Drop case and white space."""
+    return "".join(text.lower().split())
+
+
 def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) -> None:
     """Raise `InputError` if a passage of a calibration text occurs in an evaluation text.
 
@@ -157,11 +161,11 @@ def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) ->
     index: dict[str, str] = {}
     short: dict[str, str] = {}
     for name, text in calibration.items():
-        dense = "".join(text.lower().split())
-        if len(dense) < RUN:
-            short[dense] = name
-        for start in range(0, len(dense) - RUN + 1, RUN):
-            run = dense[start : start + RUN]
+        passage = dense(text)
+        if len(passage) < RUN:
+            short[passage] = name
+        for start in range(0, len(passage) - RUN + 1, RUN):
+            run = passage[start : start + RUN]
             if len(set(run)) > 4:  # skip ruled lines
                 index[run] = name
 
@@ -172,18 +176,18 @@ def require_disjoint(calibration: dict[str, str], evaluation: dict[str, str]) ->
         )
 
     for name, text in evaluation.items():
-        dense = "".join(text.lower().split())
+        own = dense(text)
         for whole, other in short.items():
-            if whole in dense:
+            if whole in own:
                 refuse(whole, name, other)
-        if len(dense) < RUN:
+        if len(own) < RUN:
             for other, seen in calibration.items():
-                if dense in "".join(seen.lower().split()):
-                    refuse(dense, name, other)
-        for start in range(len(dense) - RUN + 1):
-            found = index.get(dense[start : start + RUN])
+                if own in dense(seen):
+                    refuse(own, name, other)
+        for start in range(len(own) - RUN + 1):
+            found = index.get(own[start : start + RUN])
             if found:
-                refuse(dense[start : start + RUN], name, found)
+                refuse(own[start : start + RUN], name, found)
 
 
 def load_texts(folder: str | Path, split: Split) -> dict[str, str]:
