@@ -31,19 +31,19 @@ def test_rows_and_retention_say_the_same(kept: Retention) -> None:
 
 
 @given(st.lists(retentions, min_size=1, max_size=4), st.integers(0, 25), st.integers(0, 25))
-def test_union_contains_and_intersection_is_contained(wishes: list[Retention], query: int, key: int) -> None:
-    for wish in wishes:
-        assert not wish.sees(query, key) or union(wishes).sees(query, key)
-        assert not intersection(wishes).sees(query, key) or wish.sees(query, key)
+def test_union_contains_and_intersection_is_contained(heads: list[Retention], query: int, key: int) -> None:
+    for kept in heads:
+        assert not kept.sees(query, key) or union(heads).sees(query, key)
+        assert not intersection(heads).sees(query, key) or kept.sees(query, key)
 
 
 def test_join_takes_neighbouring_query_heads() -> None:
-    wishes = [Retention(4, 8), Retention(0, 16), PRUNED, PRUNED]
-    assert join_query_heads(wishes, 2) == [Retention(4, 16), PRUNED]
+    heads = [Retention(4, 8), Retention(0, 16), PRUNED, PRUNED]
+    assert join_query_heads(heads, 2) == [Retention(4, 16), PRUNED]
     with pytest.raises(InputError, match="4 query heads cannot be shared by 3"):
-        join_query_heads(wishes, 3)
+        join_query_heads(heads, 3)
     with pytest.raises(InputError, match="unknown rule 'mean'"):
-        join_query_heads(wishes, 2, "mean")
+        join_query_heads(heads, 2, "mean")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What torchrun starts for tests/models/test_distributed.py: several stages one after the other, within one group of processes.
+"""Program that torchrun starts for tests/models/test_distributed.py: several stages within one group of processes.
 
 Run: torchrun --nproc-per-node N tests/models/distributed_program.py JSON, a list of [stage, flags]. Starting processes takes seconds,
 so they stay joined between the stages; all else is as in a run of its own.

@@ -1,4 +1,4 @@
-"""What torchrun starts for tests/models/test_tensor_parallel.py: one model in several processes, and everything that is asked of it.
+"""Program that torchrun starts for tests/models/test_tensor_parallel.py: one model in several processes.
 
 Run: torchrun --nproc-per-node N -m tests.models.shards_program JSON, a list of [stage or "kvcompress", flags] that follow.
 `measured` is also what the test's one process computes; results go to NAME.safetensors in this folder, as the first
@@ -121,7 +121,7 @@ def ids(length: int, batch: int = 1) -> Tensor:
 
 
 def positions(cache: RaggedCache, config) -> Tensor:
-    """Which tokens every KV head of the model holds, bool `[layer, kv_head, token]`."""
+    """Tokens that every KV head of the model holds, bool `[layer, kv_head, token]`."""
     held = torch.zeros(len(cache.layers), cache.compressed_layers[0].heads, cache.seen)
     for layer, heads in enumerate(cache.compressed_layers):
         for head, places in enumerate(heads.positions()):

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(project: Path) -> Path:
-    """What one process gives."""
+    """Results of one process."""
     for name, *flags in RUNS:
         result = stage_here(project, name, *flags, "alone")
         assert result.returncode == 0, result.stderr
@@ -49,7 +49,7 @@ def alone(project: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def together(project: Path) -> Path:
-    """What several processes give, and what they say."""
+    """Results and output of several processes."""
     (project / "tests").mkdir()
     for name in ("__init__.py", "ranks_program.py", "tiny.py"):
         (project / "tests" / name).write_bytes((ROOT / "tests" / name).read_bytes())

@@ -1,6 +1,6 @@
-"""A part of a split model: which heads are its own, and what is refused by name before any process computes.
+"""A shard of a split model: its own heads, and errors before any process computes.
 
-What parts compute together: tests/models/test_tensor_parallel.py.
+Results of several shards: tests/models/test_tensor_parallel.py.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where models come from: folders, packages and the hub, each with what can be wrong with it."""
+"""Sources of models: folders, packages and the hub, each with its errors."""
 
 import io
 import json

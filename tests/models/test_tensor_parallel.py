@@ -46,7 +46,7 @@ DEVICES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes: sums in another order let a head choose another key where two scores are nearly equal."""
+    """Sums in another order may make a head choose another key if two scores are nearly equal."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +85,7 @@ def start(project: Path, device: str, flag: str) -> CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def together(project: Path, device: str) -> Path:
-    """What two processes with half of the heads each give."""
+    """Results of two processes, each with half of the heads."""
     (folder := project / f"together-{device}").mkdir()
     runs = [[name, [*flags, "--params", "split.yaml", "--output-dir", folder.name]] for name, flags in RUNS]
     runs += [["kvcompress", command(name, folder, "--tp-plan", "auto")] for name in COMMANDS]

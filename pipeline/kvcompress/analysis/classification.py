@@ -1,8 +1,8 @@
 """Classifies heads by their statistics: the first-pass taxonomy and the refined one.
 
-Entropies (nats) grow with the text, so thresholds belong to one text length, which `model_info` records. The refined rules
-and confidences reproduce all 1,024 heads of the published classification of Pythia-2.8b. A class describes the attention of
-a head, not the cost of a smaller cache.
+Entropies (nats) grow with the text, so thresholds belong to one text length, which `model_info` records. The refined
+rules and confidences reproduce all 1,024 heads of the published classification of Pythia-2.8b. A class describes the
+attention of a head, not the cost of a smaller cache.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,8 @@ def classify_first_pass(
     """Classify a head by the coarse taxonomy; the first match wins.
 
     dead: KL to uniform < thresholds.dead. positional: entropy < low_entropy, and sinks plus local window hold at least
-    thresholds.local of the attention, so that position alone explains it. gathering: entropy >= high_entropy. mixed: the
-    rest. Positional heads get the positional window, with sinks if the sink ratio is above thresholds.sink.
+    thresholds.local of the attention, so that position alone explains it. gathering: entropy >= high_entropy. mixed:
+    the rest. Positional heads get the positional window, with sinks if the sink ratio is above thresholds.sink.
     """
     if found := dead(head, thresholds, sink_size):
         return found

@@ -29,13 +29,14 @@ class ThresholdParams(SectionParams):
     def low_is_below_high(self) -> "ThresholdParams":
         if self.low_entropy >= self.high_entropy:
             raise ValueError(
-                f"thresholds.low_entropy ({self.low_entropy}) must be below thresholds.high_entropy ({self.high_entropy})"
+                f"thresholds.low_entropy ({self.low_entropy}) must be below"
+                f" thresholds.high_entropy ({self.high_entropy})"
             )
         return self
 
 
 class WindowParams(SectionParams):
-    """Window of each class (tokens). True-positional heads whose local ratio is below `wide_below_local` get the wide one."""
+    """Window of each class (tokens); `true_positional_wide` applies to local ratios below `wide_below_local`."""
 
     section = "windows"
 
@@ -50,7 +51,8 @@ class WindowParams(SectionParams):
     def min_is_not_above_max(self) -> "WindowParams":
         if self.sink_mixed_min > self.sink_mixed_max:
             raise ValueError(
-                f"windows.sink_mixed_min ({self.sink_mixed_min}) is above windows.sink_mixed_max ({self.sink_mixed_max})"
+                f"windows.sink_mixed_min ({self.sink_mixed_min}) is above"
+                f" windows.sink_mixed_max ({self.sink_mixed_max})"
             )
         return self
 

@@ -32,8 +32,8 @@ def collect_attention(
     Several processes (`kvcompress.models.distributed`) each read a share of the documents and all get the sums of all;
     processes that hold shards of one model each read all documents and get the sums of all heads.
 
-    With `stopping`, collecting ends early once standard errors are small (`standard_errors.precise_enough`, checked after
-    every `stopping.stop_every` documents, so that any number of processes reads the same documents).
+    With `stopping`, collecting ends early once standard errors are small (`standard_errors.precise_enough`, checked
+    after every `stopping.stop_every` documents, so that any number of processes reads the same documents).
 
     Raises `UnsupportedModelError` if the model's attention cannot be observed, and `InputError` for no documents, or a
     document of one token or longer than the model's context.

@@ -1,9 +1,10 @@
 """Observes attention from inside: a registered attention function that computes exact attention block by block.
 
-Every block of queries gets its weights, adds them to the layer's sums (`collect.sums`) and its output, and is freed. The
-largest tensor at any time is one block `[query head, block, key]`, in a long text of a few heads. The output is that of the
-model's own attention, so later layers see the true hidden states. Works for every architecture that dispatches through
-transformers' attention interface, with grouped or multi-head attention, sliding windows and logit soft-capping.
+Every block of queries gets its weights, adds them to the layer's sums (`collect.sums`) and its output, and is freed.
+The largest tensor at any time is one block `[query head, block, key]`, in a long text of a few heads. The output is
+that of the model's own attention, so later layers see the true hidden states. Works for every architecture that
+dispatches through transformers' attention interface, with grouped or multi-head attention, sliding windows and logit
+soft-capping.
 """
 
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ class AttentionObserver:
 
 
 def block_size(heads: int, keys: int, device: torch.device) -> int:
-    """Return the number of queries in the next block, at least 4, so that heads x queries x keys stays within the limit.
+    """Return the number of queries in the next block, at least 4, such that all its weights stay within the limit.
 
     `keys` precede the block; a block of q queries sees keys + q.
     """
@@ -180,7 +181,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-
 
 
 def require_observable(model: PreTrainedModel) -> Architecture:
-    """Return the model's architecture. Raises `UnsupportedModelError`, with the reason, if attention cannot be observed.
+    """Return the model's architecture. Raises `UnsupportedModelError` if its attention cannot be observed.
 
     A short run is the proof: with observed attention the hidden states must equal those of the model's own attention,
     within rounding. This finds any term that the observer does not know (a bias, a learned sink, another mask).
@@ -204,8 +205,8 @@ def require_observable(model: PreTrainedModel) -> Architecture:
     difference = float((own - observed).norm() / own.norm())
     if not difference <= PROBE_TOLERANCE.get(model.dtype, 1e-3):
         raise UnsupportedModelError(
-            f"{name}: observed attention changes the hidden states by {difference:.1%}, so this model's attention has a "
-            "term that cannot be observed"
+            f"{name}: observed attention changes the hidden states by {difference:.1%},"
+            " so this model's attention has a term that cannot be observed"
         )
     return shape
 

@@ -5,8 +5,8 @@ divided by the sum of their queries n. With m that ratio and D documents, its sq
 
     D / (D - 1) * sum (S - m n)^2 / (sum n)^2
 
-(the linearised variance of a ratio estimate: Cochran, *Sampling Techniques*, 1977, section 6.4). The sum expands into sums
-of S^2, S n and n^2, which add over documents and processes.
+(the linearised variance of a ratio estimate: Cochran, *Sampling Techniques*, 1977, section 6.4). The sum expands into
+sums of S^2, S n and n^2, which add over documents and processes.
 
 Classes have bounds in entropy and sink ratio. Once every head is known within a small share of the distance between the
 bounds, more text changes the class only of heads that lie on a bound.
@@ -21,9 +21,9 @@ FEWEST = 8  # documents; with fewer, a standard error is itself too uncertain to
 
 
 def standard_errors(sums: AttentionSums) -> tuple[np.ndarray, np.ndarray]:
-    """Return standard errors of mean entropy `[layer, head]` (nats) and of the weight on the first k + 1 keys `[layer, head, k]`.
+    """Return standard errors of mean entropy (nats) and of the weight on the first k + 1 keys.
 
-    Infinite for fewer than two documents.
+    Shapes: `[layer, head]` and `[layer, head, k]`. Infinite for fewer than two documents.
     """
     data = {name: tensor.numpy() for name, tensor in sums.tensors.items()}
     pairs = ((data["entropy"], "entropy"), (data["sinks"].cumsum(-1), "sinks"))
@@ -48,7 +48,7 @@ def ratio_error(sums: AttentionSums, total: np.ndarray, products: np.ndarray) ->
 
 
 def precise_enough(sums: AttentionSums, params: CollectParams) -> bool:
-    """Return True if no head's standard error exceeds `stop_entropy_error` or `stop_sink_error`, so collecting may stop.
+    """Return True if no head's standard error exceeds `stop_entropy_error` or `stop_sink_error`.
 
     Bounds that are None are ignored; without any, or before `FEWEST` documents, return False. The sink ratio has to be
     precise for every number of sinks, because that number is chosen later.

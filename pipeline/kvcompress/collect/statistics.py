@@ -15,7 +15,7 @@ from kvcompress.core.head_statistics import NEAR, TAIL_EDGES, HeadStatistics
 
 
 def describe_measure(sums: AttentionSums, params: StatisticsParams, origin: Mapping[str, Any]) -> ModelInfo:
-    """Return the `model_info` of statistics: shape and amount from `sums`, measure from `params`, names from `origin`."""
+    """Return the `model_info` of statistics: shape from `sums`, measure from `params`, names from `origin`."""
     return ModelInfo(
         num_layers=sums.num_layers,
         num_heads=sums.num_heads,
@@ -87,7 +87,7 @@ def compute_statistics(sums: AttentionSums, params: StatisticsParams) -> list[He
 
 
 def sink_weight_nearby(early: np.ndarray, sinks: int) -> np.ndarray:
-    """Sum the weight on the first `sinks` keys at each distance below NEAR: `early` `[..., query, key]` -> `[..., NEAR]`.
+    """Sum `early` `[..., query, key]` over the first `sinks` keys at each distance below NEAR: `[..., NEAR]`.
 
     Only the first queries are near a sink, and `early` keeps them singly: query k + d sees key k at distance d.
     """
@@ -96,6 +96,6 @@ def sink_weight_nearby(early: np.ndarray, sinks: int) -> np.ndarray:
 
 
 def tail_bins(relative: np.ndarray, beyond: np.ndarray) -> np.ndarray:
-    """Sum weights by distance `[..., distance]` into the bins of TAIL_EDGES, with `beyond` as the last: `[..., bin]`."""
+    """Sum `relative` `[..., distance]` into the bins of TAIL_EDGES, with `beyond` as the last bin: `[..., bin]`."""
     bins = [relative[..., low:high].sum(-1) for low, high in itertools.pairwise(TAIL_EDGES)]
     return np.stack([*bins, beyond], axis=-1)

@@ -1,9 +1,9 @@
 """Attention sums: sums over queries from which every head statistic follows without the model.
 
-There is one set for each layer and query head, summed over all scored queries of all documents. They add over documents and
-processes, so another sink size, local window, recent ratio or threshold needs no forward pass, and no size grows with the
-text. Blocks are added in float64. `q` is a query's position, `k` a key's, `d = q - k` their distance, `n` the number of
-keys visible to the query (q + 1, or less under a sliding window).
+There is one set for each layer and query head, summed over all scored queries of all documents. They add over documents
+and processes, so another sink size, local window, recent ratio or threshold needs no forward pass, and no size grows
+with the text. Blocks are added in float64. `q` is a query's position, `k` a key's, `d = q - k` their distance, `n` the
+number of keys visible to the query (q + 1, or less under a sliding window).
 """
 
 from collections.abc import Mapping
@@ -138,8 +138,8 @@ def add_heads(sums: dict[str, Tensor], log_weights: Tensor, weights: Tensor, fir
     """Add a block of queries to the sums of some heads, in place.
 
     `weights` `[head, query, key]` float32, contiguous: attention of the queries at positions `first`, `first + 1` ...
-    to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` is its logarithm,
-    finite everywhere. Each query sees `visible` keys, `[query]`, its own among them.
+    to the keys at positions 0 ... `first + queries - 1`, zero where a key is not visible; `log_weights` is its
+    logarithm, finite everywhere. Each query sees `visible` keys, `[query]`, its own among them.
     """
     _, queries, keys = weights.shape
     position = torch.arange(first, first + queries, device=weights.device)
@@ -170,8 +170,8 @@ def sum_by_distance(weights: Tensor, first: int, distances: int) -> Tensor:
     """Sum `weights` `[head, query, key]` along the diagonals: result `[head, distance]`, float64.
 
     Query i is at position `first + i`, key j at position j; distance is query minus key. Diagonals become columns of a
-    strided view (one step in queries is one step in keys), so no element is copied once the block is far enough from the
-    start; near the start, the block is padded with zero keys at negative positions.
+    strided view (one step in queries is one step in keys), so no element is copied once the block is far enough from
+    the start; near the start, the block is padded with zero keys at negative positions.
     """
     heads, queries, keys = weights.shape
     reach = min(distances, first + queries)  # distances that occur

@@ -1,8 +1,8 @@
 """Artifacts: JSON, text and safetensors files, written atomically and never pickled.
 
-Content goes to a temporary file in the folder of the target, is flushed to disk and renamed. A full disk, an exception or a
-killed process leaves the old file or none, never half of a new one. Reading turns every defect of a file (missing, not
-UTF-8, truncated, NaN) into an `InputError` that names the file.
+Content goes to a temporary file in the folder of the target, is flushed to disk and renamed. A full disk, an exception
+or a killed process leaves the old file or none, never half of a new one. Reading turns every defect of a file (missing,
+not UTF-8, truncated, NaN) into an `InputError` that names the file.
 """
 
 import json
@@ -76,7 +76,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically: two-space indent, keys in order, a final newline. Raises `InputError` for NaN or infinity."""
+    """Write JSON atomically, two-space indent, keys in order. Raises `InputError` for NaN or infinity."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:

@@ -56,8 +56,8 @@ class HeadClassification:
     """Class of one query head and the retention that the class table recommends for it.
 
     `confidence` is in [0, 1]. `recommended_window` counts keys (-1: unbounded, 0: none). `compression_strategy` is
-    `sink_window`, `window_only`, `full`, `prune` or `select`; the published files' `none` is read as `full`, their `snapkv`
-    as `select`. Only heads that select have `select_size`, and `score` unless it is SnapKV's.
+    `sink_window`, `window_only`, `full`, `prune` or `select`; the published files' `none` is read as `full`, their
+    `snapkv` as `select`. Only heads that select have `select_size`, and `score` unless it is SnapKV's.
     """
 
     layer_idx: Annotated[int, Field(ge=0)]

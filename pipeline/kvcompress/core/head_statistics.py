@@ -27,7 +27,7 @@ class HeadStatistics:
     """Statistics of one query head.
 
     mean_entropy, std_entropy: attention entropy -sum p log p, over queries (nats).
-    entropy_error, sink_error: standard errors of mean_entropy and sink_ratio over documents (`collect.standard_errors`).
+    entropy_error, sink_error: standard errors of mean_entropy and sink_ratio (`collect.standard_errors`).
     normalized_entropy: entropy / log(visible keys), mean over queries that see at least two; 0 one key, 1 uniform.
     max_attention_mean: mean of each query's largest weight.
     position_preference: mean weight on `sink` (the first sink_size keys), `local` (the last local_window keys, the
@@ -103,7 +103,8 @@ def require_same_model(statistics: StatisticsFile, classes: ClassificationFile, 
         )
     if other and (other.model_id, other.revision) != (info.model_id, info.revision):
         raise InputError(
-            f"{path} is of model {other.model_id} ({other.revision}), the statistics of {info.model_id} ({info.revision})"
+            f"{path} is of model {other.model_id} ({other.revision}),"
+            f" the statistics of {info.model_id} ({info.revision})"
         )
 
 

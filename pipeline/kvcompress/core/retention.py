@@ -1,12 +1,12 @@
 """Retention: the keys that one KV head may keep. The shared definition of analysis, cache and reports.
 
-With `sinks` s and `window` w, the query at position p sees the keys {0 ... s-1} and {p-w+1 ... p}, its own key included.
-Positions are those of the full sequence and are never renumbered. A window of -1 is unbounded; a pruned head sees nothing,
-holds nothing and contributes exactly zero.
+With `sinks` s and `window` w, the query at position p sees the keys {0 ... s-1} and {p-w+1 ... p}, its own key
+included. Positions are those of the full sequence and are never renumbered. A window of -1 is unbounded; a pruned head
+sees nothing, holds nothing and contributes exactly zero.
 
-A head with `chosen` k > 0 (strategy `select`) also sees the k older keys that its score ranks highest. They depend on the
-text, so `positions` and `sees` cover sinks and window only, and the cache records the chosen keys. Until s + w + k tokens
-were seen, such a head sees all of them.
+A head with `chosen` k > 0 (strategy `select`) also sees the k older keys that its score ranks highest. They depend on
+the text, so `positions` and `sees` cover sinks and window only, and the cache records the chosen keys. Until s + w + k
+tokens were seen, such a head sees all of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence

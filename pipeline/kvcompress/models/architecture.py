@@ -1,4 +1,4 @@
-"""The architecture of a causal language model: layers, heads and sliding windows, from its config or from a filled cache."""
+"""Architecture of a causal language model: layers, heads and sliding windows, from its config or a filled cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,8 @@ class Architecture:
         config = config.get_text_config(decoder=True)
         if getattr(config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(
-                f"{config.model_type} shares the keys of other layers in {config.num_kv_shared_layers} layers: not supported"
+                f"{config.model_type} shares the keys of other layers in {config.num_kv_shared_layers} layers:"
+                " not supported"
             )
         if getattr(config, "kv_lora_rank", None):
             raise UnsupportedModelError(

@@ -31,8 +31,8 @@ def replaced_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch `model` to the registered attention `name`, for good.
 
-    Raises `UnsupportedModelError` for a model whose attention cannot be replaced, and for one shard of a tensor-parallel
-    model that was not announced by `kvcompress.models.tensor_parallel.share`.
+    Raises `UnsupportedModelError` for a model whose attention cannot be replaced, and for one shard of a
+    tensor-parallel model that was not announced by `kvcompress.models.tensor_parallel.share`.
     """
     shard_of(model.config)
     try:

@@ -1,8 +1,9 @@
 """Shares the documents of a stage among several processes: documents of this process, sums over all, results in order.
 
-An overlay on torch.distributed for processes that torchrun starts; in one process every function does nothing. Each process
-loads the model, works on its own documents and ends up with the whole result; `rank` 0 alone writes it and shows a progress
-bar. Processes exchange a few float64 tensors a stage: over NCCL if every process has a GPU, else over gloo.
+An overlay on torch.distributed for processes that torchrun starts; in one process every function does nothing. Each
+process loads the model, works on its own documents and ends up with the whole result; `rank` 0 alone writes it and
+shows a progress bar. Processes exchange a few float64 tensors a stage: over NCCL if every process has a GPU, else over
+gloo.
 
 Processes that hold shards of one model (`kvcompress.models.tensor_parallel`) do not share documents: each works on all.
 
@@ -111,8 +112,8 @@ def leave() -> bool:
 def own_device(name: str) -> str:
     """Return this process's device for `model.device`: the processes of a machine take its GPUs in turn.
 
-    Several may share a GPU, because a small model is bound by Python and leaves it idle. Raises `InputError` if a single
-    device is named for several processes.
+    Several may share a GPU, because a small model is bound by Python and leaves it idle. Raises `InputError` if a
+    single device is named for several processes.
     """
     if size() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
@@ -173,8 +174,8 @@ def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def in_order(found: Mapping[int, Tensor], count: int) -> list[Tensor]:
     """Return the tensors of items 0 ... `count` - 1 of all processes, float64 on the CPU; their shapes may differ.
 
-    `found` holds the items of this process. Nothing is pickled: shapes go first, then one buffer that is zero except for a
-    process's own items. Adding zeros changes no bit.
+    `found` holds the items of this process. Nothing is pickled: shapes go first, then one buffer that is zero except
+    for a process's own items. Adding zeros changes no bit.
     """
     if _joined is None or _joined.one_model:
         return [found[item].double().cpu() for item in range(count)]
@@ -200,7 +201,7 @@ def add_up(own: Tensor) -> Tensor:
         return moved.cpu()
     except RuntimeError as error:
         raise KVCompressError(
-            f"process {_joined.rank} of {_joined.size} lost contact with another; the other process's message gives the cause"
+            f"process {_joined.rank} of {_joined.size} lost contact with another, whose own message gives the cause"
         ) from error
 
 

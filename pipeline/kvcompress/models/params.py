@@ -1,4 +1,4 @@
-"""Sections `model` (the model and how it is loaded) and `machine` (number of processes). Importing this loads no torch."""
+"""Sections `model` (the model and its loading) and `machine` (number of processes). Importing this loads no torch."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ class ModelParams(SectionParams):
     """The model and how it is loaded. Only the block named by `source` is used.
 
     device: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1` ... [default: auto].
-    device_map: placement by accelerate for a model larger than one device, such as `auto` or `balanced` [default: none].
+    device_map: placement by accelerate for models larger than a device, such as `auto` or `balanced` [default: none].
     tp_plan: `auto` splits the model among all processes of the run by transformers' tensor parallelism [default: none].
     """
 

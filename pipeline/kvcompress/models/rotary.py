@@ -2,8 +2,8 @@
 
 Rotary embedding is a group of rotations: turning a vector rotated for position p by c - p gives the vector rotated for
 position c. The turn is computed from the exact integer difference in float32, so the error does not grow with the text.
-Supported is the half-split layout of Llama and GPT-NeoX on the first `dim` dimensions of each head, with plane speeds that
-do not depend on the length of the text.
+Supported is the half-split layout of Llama and GPT-NeoX on the first `dim` dimensions of each head, with plane speeds
+that do not depend on the length of the text.
 """
 
 from dataclasses import dataclass

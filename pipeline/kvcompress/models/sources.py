@@ -44,8 +44,8 @@ class ModelRecord(BaseModel):
 def resolve_model(params: ModelParams, folder: str | Path) -> ModelRecord:
     """Find the model that `params` names and write to `folder` what later stages need of it.
 
-    A packaged model leaves its converted weights and tokenizer there, the others only a copy of their config. The folder
-    is replaced as a whole at the end, so a failure leaves nothing half-converted.
+    A packaged model leaves its converted weights and tokenizer there, the others only a copy of their config. The
+    folder is replaced as a whole at the end, so a failure leaves nothing half-converted.
     """
     with replaced_folder(folder) as target:
         if params.source == "package":

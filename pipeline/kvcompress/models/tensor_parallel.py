@@ -1,8 +1,8 @@
-"""One model in several processes by transformers' tensor parallelism: each process computes a shard of every layer's heads.
+"""Tensor parallelism by transformers: each process computes a shard of every layer's heads.
 
 transformers divides the projections in the order of the processes. Of a layer's H KV heads, process i of N computes
-heads i H / N to (i + 1) H / N - 1, with the query heads that read them. Plans, classes and results number all heads of the
-whole model; a cache holds those of its own process. The rest of the model is transformers' business.
+heads i H / N to (i + 1) H / N - 1, with the query heads that read them. Plans, classes and results number all heads of
+the whole model; a cache holds those of its own process. The rest of the model is transformers' business.
 """
 
 import os
@@ -55,8 +55,8 @@ def shard_of(config: Any) -> HeadShard:
         return WHOLE
     if not distributed.one_model():
         raise UnsupportedModelError(
-            f"this {config.model_type} model is one of {count} tensor-parallel parts, none of which sees all heads: call"
-            " kvcompress.models.tensor_parallel.share(model) in every process, or load it with model.tp_plan"
+            f"this {config.model_type} model is one of {count} tensor-parallel parts, none of which sees all heads:"
+            " call kvcompress.models.tensor_parallel.share(model) in every process, or load it with model.tp_plan"
         )
     return HeadShard(distributed.rank(), distributed.size())
 
@@ -117,7 +117,8 @@ def require_split(config: Any, count: int) -> None:
     if styles != {"colwise"}:
         reason = "leaves its heads whole in every process" if plan else "does not exist"
         raise UnsupportedModelError(
-            f"transformers' plan to split {config.model_type} {reason}: spread whole layers instead, by model.device_map"
+            f"transformers' plan to split {config.model_type} {reason}:"
+            " spread whole layers instead, by model.device_map"
         )
     if heads % count:
         raise InputError(
@@ -128,8 +129,8 @@ def require_split(config: Any, count: int) -> None:
 def share(model: PreTrainedModel) -> None:
     """Announce to the processes of this run that each of them holds a shard of `model`.
 
-    Needed after a direct call of `from_pretrained`; `load_folder` calls it by itself. Every process has to call it. From
-    then on all of them work on every document, and statistics, prices and evaluations cover all heads. A short run
+    Needed after a direct call of `from_pretrained`; `load_folder` calls it by itself. Every process has to call it.
+    From then on all of them work on every document, and statistics, prices and evaluations cover all heads. A short run
     proves the split. Raises `UnsupportedModelError` or `InputError` unless the shards are equal.
     """
     distributed.join()
@@ -147,7 +148,7 @@ def share(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 def require_as_split(model: PreTrainedModel, count: int) -> None:
-    """Raise `UnsupportedModelError` unless a forward pass gives each of `count` processes its KV heads and all logits."""
+    """Raise `UnsupportedModelError` unless a pass gives each of `count` processes its KV heads and all logits."""
     name, text = type(model).__name__, model.config.get_text_config(decoder=True)
     try:
         out = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)

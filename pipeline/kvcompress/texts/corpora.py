@@ -44,8 +44,8 @@ class CorpusRecord(BaseModel):
 def prepare_corpus(params: CorpusParams, folder: str | Path) -> CorpusRecord:
     """Fetch, cut and check all texts and write them to `folder`/{calibration,evaluation}/NAME.txt with `corpus.json`.
 
-    The folder is replaced as a whole at the end. Raises `InputError` that names the text if a text is empty, not UTF-8 or
-    not available, or if the parts have a passage in common.
+    The folder is replaced as a whole at the end. Raises `InputError` that names the text if a text is empty, not UTF-8
+    or not available, or if the parts have a passage in common.
     """
     records: dict[str, TextRecord] = {}
     calibration, evaluation = dict[str, str](), dict[str, str]()
@@ -132,7 +132,7 @@ def dataset_text(params: DatasetText) -> str:
 
 
 def cut_at(text: str, share: float) -> int:
-    """Return the number of characters of the calibration part: `share` of the text, up to the next end of a line or word.
+    """Return the length of the calibration part (characters): `share` of the text, up to the end of a line or word.
 
     If there is no such end within a tenth of the text, the cut is exactly at `share`.
     """

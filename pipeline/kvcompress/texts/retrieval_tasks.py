@@ -1,8 +1,8 @@
 """Retrieval tasks: texts with facts in them, and questions that ask for the facts.
 
-Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each case is
-a context, a question that names the fact, and the answer. Calibration and evaluation have different templates and filler.
-Both draw subjects and word values from the same lists.
+Three tasks: a passkey in filler text (depth x length), a needle in real prose, a lookup among key-value lines. Each
+case is a context, a question that names the fact, and the answer. Calibration and evaluation have different templates
+and filler. Both draw subjects and word values from the same lists.
 """
 
 import random
@@ -135,7 +135,7 @@ class CaseMaker:
         return self.assemble("needle", body, fact, question, value, length, depth, kind)
 
     def statement(self, who: str) -> tuple[str, str, str]:
-        """Return (fact, question template, value) about `who`, from one of the templates of this use."""
+        """Return (fact, question template, value) about the subject `who`, from a template of this use."""
         value = self.number() if self.random.random() < 0.5 else self.word()
         fact, kind = self.random.choice(TEMPLATES[self.use])
         return fact.format(who=who, value=value), kind, value
@@ -145,8 +145,8 @@ class CaseMaker:
     ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """Hide `count` needles in one context of about `length` tokens, one in each of as many equal parts.
 
-        None begins in the last `far` tokens of prose, if the prose is longer. Returns (context, [(question, answer)]) as
-        token ids. Raises `InputError` if the prose is too short.
+        None begins in the last `far` tokens of prose, if the prose is longer. Returns (context, [(question, answer)])
+        as token ids. Raises `InputError` if the prose is too short.
         """
         subjects = self.random.sample([f"{word} {place}" for word in WORDS for place in PLACES], count)
         statements = [self.statement(who) for who in subjects]
