@@ -1,4 +1,4 @@
-"""The kernels of scores against torch's own operations in float32.
+"""Kernels of scores against torch's own operations in float32.
 
 On a CUDA device the compiled kernels are tested; elsewhere the same tests run once more in triton's interpreter, where
 triton is installed.
@@ -11,10 +11,9 @@ import torch
 
 from kvcompress.models.rotary import Rotation
 from kvcompress.ops import score_launchers
-from kvcompress.scores.attention_received import of_a_text, received, which
-from kvcompress.scores.chunk_attention import non_causal
-from kvcompress.scores.compactor import Leverage, gaussian
-from kvcompress.scores.expected_attention import logits_of
+from kvcompress.scores.attention_received import query_sample, received, received_by_kernel
+from kvcompress.scores.compactor import Leverage, chunk_attention, gaussian
+from kvcompress.scores.expected_attention import gaussian_logits
 from kvcompress.scores.inputs import ScoreInputs
 from kvcompress.scores.registry import make_score
 from tests.ops.triton_tools import CUDA, DEVICE, needs_cuda, needs_triton, only_where_interpreted, run_interpreted
@@ -32,7 +31,7 @@ def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) 
     torch.manual_seed(0)
     at = torch.arange(count)
     keys, queries = (torch.randn(2, count, n, size).to(DEVICE, dtype).transpose(1, 2) for n in (heads, heads * group))
-    held = ScoreInputs(
+    inputs = ScoreInputs(
         keys=keys,
         values=torch.randn(2, heads, count, size).to(DEVICE, dtype),
         positions=at[None, None].to(DEVICE),
@@ -40,14 +39,14 @@ def text(count: int, size: int, group: int, dtype: torch.dtype, heads: int = 2) 
         queries=queries,
         query_positions=at[None].to(DEVICE),
         in_order=True,
-        asked=range(count),
+        query_range=range(count),
     )
-    return replace(held, stays=((torch.rand(2, heads, count) < 0.3) | (at < 30)).to(DEVICE))
+    return replace(inputs, stays=((torch.rand(2, heads, count) < 0.3) | (at < 30)).to(DEVICE))
 
 
-def wide(held: ScoreInputs) -> ScoreInputs:
-    """The same numbers in float32, which no kernel takes."""
-    return replace(held, **{name: getattr(held, name).float() for name in ("keys", "values", "queries")})
+def wide(inputs: ScoreInputs) -> ScoreInputs:
+    """The same inputs in float32, which no kernel accepts."""
+    return replace(inputs, **{name: getattr(inputs, name).float() for name in ("keys", "values", "queries")})
 
 
 @needs_triton
@@ -57,9 +56,9 @@ def wide(held: ScoreInputs) -> ScoreInputs:
     [(70, 16, 1, 16), (130, 64, 3, 30), (90, 24, 2, 7), (300, 80, 1, 256), (40, 128, 4, 256)],
 )
 def test_attention_among_neighbours(count, size, group, chunk, dtype):
-    held = text(count, size, group, dtype)
-    found = score_launchers.among_neighbours(held.queries, held.keys, held.candidates, chunk, 0.7)
-    torch.testing.assert_close(found, non_causal(wide(held), chunk, 0.7), atol=2e-5, rtol=2e-5)
+    inputs = text(count, size, group, dtype)
+    found = score_launchers.among_neighbours(inputs.queries, inputs.keys, inputs.candidates, chunk, 0.7)
+    torch.testing.assert_close(found, chunk_attention(wide(inputs), chunk, 0.7), atol=2e-5, rtol=2e-5)
 
 
 @needs_triton
@@ -80,9 +79,9 @@ def test_attention_among_neighbours(count, size, group, chunk, dtype):
     ],
 )
 def test_attention_that_keys_receive(count, size, group, last, most, dtype):
-    held = text(count, size, group, dtype)
-    found = of_a_text(held, which(count, last, most))
-    expected = received(wide(held), last, most)
+    inputs = text(count, size, group, dtype)
+    found = received_by_kernel(inputs, query_sample(count, last, most))
+    expected = received(wide(inputs), last, most)
     torch.testing.assert_close(found.total, expected.total, atol=2e-5, rtol=2e-5)
     assert torch.equal(found.queries, expected.queries)
 
@@ -90,11 +89,11 @@ def test_attention_that_keys_receive(count, size, group, last, most, dtype):
 @needs_triton
 @pytest.mark.parametrize(("count", "size", "group"), [(70, 16, 1), (130, 64, 3), (20, 80, 2), (65, 128, 4)])
 def test_logits_of_gaussian_queries(count, size, group):
-    held = text(count, size, group, torch.bfloat16)
+    inputs = text(count, size, group, torch.bfloat16)
     mean = torch.randn(2, 2, group, size, device=DEVICE)
-    spread = torch.randn(2, 2, group, size, size, device=DEVICE) / size
-    found = score_launchers.gaussian_logits(held.keys, mean, spread, 1.3)
-    expected = logits_of(held.keys.float(), mean, spread.bfloat16().float(), 1.3)
+    covariance = torch.randn(2, 2, group, size, size, device=DEVICE) / size
+    found = score_launchers.gaussian_logits(inputs.keys, mean, covariance, 1.3)
+    expected = gaussian_logits(inputs.keys.float(), mean, covariance.bfloat16().float(), 1.3)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
@@ -104,10 +103,10 @@ def test_logits_of_gaussian_queries(count, size, group):
     ("count", "size", "turning", "sketch"), [(70, 64, 64, 48), (130, 24, 8, 6), (20, 80, 20, 20), (65, 128, 128, 48)]
 )
 def test_keys_before_rotation(count, size, turning, sketch, dtype):
-    held = replace(text(count, size, 1, dtype), rotation=Rotation(turning, 100.0))
+    inputs = replace(text(count, size, 1, dtype), rotation=Rotation(turning, 100.0))
     projection = gaussian(size, sketch, 3, DEVICE)
-    found = score_launchers.turned_back(held.keys, held.candidates, held.rotation, projection)
-    expected = Leverage(sketch=sketch, seed=3).projected(wide(held))
+    found = score_launchers.turned_back(inputs.keys, inputs.candidates, inputs.rotation, projection)
+    expected = Leverage(sketch=sketch, seed=3).projected(wide(inputs))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -144,17 +143,17 @@ LAUNCHED = {
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
-    held, score, launched = text(600, 64, 3, dtype), make_score(name), set()
-    held = replace(held, rotation=Rotation(64, 100.0))
+    inputs, score, launched = text(600, 64, 3, dtype), make_score(name), set()
+    inputs = replace(inputs, rotation=Rotation(64, 100.0))
     for launch in set.union(*LAUNCHED.values()):
         real = getattr(score_launchers, launch)
         noted = lambda *args, real=real, launch=launch: (launched.add(launch), real(*args))[1]  # noqa: E731
         monkeypatch.setattr(score_launchers, launch, noted)
-    found = score(held)
+    found = score(inputs)
     # Powers of Gaussian queries leave the range of float16: that goes without a kernel.
     assert launched == LAUNCHED[name] - ({"gaussian_logits"} if dtype == torch.float16 else set())
     monkeypatch.setattr(score_launchers, "can_launch", lambda *tensors: False)
-    expected, free = score(held), held.candidates
+    expected, free = score(inputs), inputs.candidates
     # Without the kernel, products of bfloat16 are rounded to it on their way.
     error = (found[free] - expected[free]).abs() / expected[free].abs().mean()
     assert error.max() < (5e-2 if name == "expected_attention" else 1e-3)
@@ -162,7 +161,7 @@ def test_scores_are_the_same_with_and_without_kernels(name, dtype, monkeypatch):
 
 
 def test_float32_and_cpus_go_without():
-    held = text(50, 16, 1, torch.float32)
-    assert not score_launchers.can_launch(held.queries, held.keys)
+    inputs = text(50, 16, 1, torch.float32)
+    assert not score_launchers.can_launch(inputs.queries, inputs.keys)
     if not CUDA:
-        assert not score_launchers.can_launch(held.queries.bfloat16(), held.keys.bfloat16())
+        assert not score_launchers.can_launch(inputs.queries.bfloat16(), inputs.keys.bfloat16())

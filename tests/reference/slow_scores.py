@@ -1,7 +1,7 @@
-"""Every score as its definition says, one key and one query at a time, in float64: slow and plain, to compare with.
+"""Definition of every score, one key and one query at a time, in float64: slow and plain, to compare with.
 
-`Slow(held)` unpacks a `ScoreInputs`; its methods are named as the scores in the table and take the score for its parameters.
-Where a score has no say (empty slots, keys that stay) they agree with the interface: -inf and +inf.
+`Slow(inputs)` unpacks a `ScoreInputs`. Its methods have the names of the scores and take the score for its parameters. Empty
+slots get -inf and keys that stay +inf, as in the interface.
 """
 
 import math
@@ -26,18 +26,20 @@ def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:
 
 
 class Slow:
-    def __init__(self, held: ScoreInputs) -> None:
-        self.held = held
-        self.batch, self.heads, self.count = held.keys.shape[:3]
+    def __init__(self, inputs: ScoreInputs) -> None:
+        self.inputs = inputs
+        self.batch, self.heads, self.count = inputs.keys.shape[:3]
         shape = (self.batch, self.heads, self.count)
-        self.at = held.positions.expand(shape).tolist()
-        self.stays = (held.stays if held.stays is not None else torch.zeros(1, 1, 1, dtype=torch.bool)).expand(shape)
-        self.keys, self.values = held.keys.double(), held.values.double()
-        assert held.queries is not None
-        assert held.query_positions is not None
-        self.queries = held.queries.double()
+        self.at = inputs.positions.expand(shape).tolist()
+        self.stays = (inputs.stays if inputs.stays is not None else torch.zeros(1, 1, 1, dtype=torch.bool)).expand(
+            shape
+        )
+        self.keys, self.values = inputs.keys.double(), inputs.values.double()
+        assert inputs.queries is not None
+        assert inputs.query_positions is not None
+        self.queries = inputs.queries.double()
         self.group, self.asked = self.queries.shape[1] // self.heads, self.queries.shape[2]
-        self.asked_at = held.query_positions.expand(self.batch, -1).tolist()
+        self.asked_at = inputs.query_positions.expand(self.batch, -1).tolist()
 
     def answer(self, name: str, score: Score) -> Tensor:
         out = torch.full((self.batch, self.heads, self.count), -math.inf, dtype=torch.float64)
@@ -70,13 +72,11 @@ class Slow:
         """Attention that keys received from some queries, mean over the query heads, and how many of these could see each."""
         total, number = {k: 0.0 for k in self.real(b, h)}, {k: 0 for k in self.real(b, h)}
         for q in some:
-            place, limit = self.asked_at[b][q], self.held.limit
-            seen = [k for k in self.real(b, h) if self.at[b][h][k] <= place]
-            seen = [k for k in seen if limit is None or self.at[b][h][k] > place - limit]
+            seen = [k for k in self.real(b, h) if self.at[b][h][k] <= self.asked_at[b][q]]
             for k in seen:
                 number[k] += 1
             for head in self.heads_of(h):
-                logits = {k: float(self.queries[b, head, q] @ self.keys[b, h, k]) * self.held.scaling for k in seen}
+                logits = {k: float(self.queries[b, head, q] @ self.keys[b, h, k]) * self.inputs.scaling for k in seen}
                 for k, weight in self.softmax(logits).items():
                     total[k] += weight / self.group
         return total, number
@@ -103,14 +103,14 @@ class Slow:
 
     def accumulated_attention(self, score, b, h):
         total, number = self.attention(b, h, self.at_most(score.most))
-        if self.held.earlier is not None:
+        if self.inputs.earlier is not None:
             for k in total:
-                total[k] += float(self.held.earlier.total[b, h, k])
-                number[k] += int(self.held.earlier.queries[b, h, k])
+                total[k] += float(self.inputs.earlier.total[b, h, k])
+                number[k] += int(self.inputs.earlier.queries[b, h, k])
         return {k: total[k] / max(number[k], 1) if score.per_query else total[k] for k in total}
 
     def expected_attention(self, score, b, h):
-        rotation, scale, keys = self.held.rotation, self.held.scaling, self.keys[b, h]
+        rotation, scale, keys = self.inputs.rotation, self.inputs.scaling, self.keys[b, h]
         candidates, out = self.candidates(b, h), dict.fromkeys(self.real(b, h), 0.0)
         for head in self.heads_of(h):
             some = self.at_most(score.most)
@@ -135,7 +135,7 @@ class Slow:
     @cache  # noqa: B019
     def mean_rotation(self, first: int, count: int) -> Tensor:
         """The mean of the matrices of rotations by `first` and the `count` - 1 positions after it."""
-        rotation, unit = self.held.rotation, torch.eye(self.keys.shape[-1], dtype=torch.float64)
+        rotation, unit = self.inputs.rotation, torch.eye(self.keys.shape[-1], dtype=torch.float64)
         total = torch.zeros_like(unit)
         for by in range(first, first + count):
             total += torch.stack([rotated(row, by, rotation.dim, rotation.theta) for row in unit], dim=1)
@@ -147,7 +147,7 @@ class Slow:
             return {}
         rows = [self.keys[b, h, k] for k in candidates]
         if score.unrotate:
-            rotation = self.held.rotation
+            rotation = self.inputs.rotation
             at = [self.at[b][h][k] for k in candidates]
             rows = [rotated(row, -p, rotation.dim, rotation.theta) for row, p in zip(rows, at, strict=True)]
         matrix = torch.stack(rows)
@@ -160,14 +160,14 @@ class Slow:
         gram = matrix.T @ matrix + score.ridge * torch.eye(matrix.shape[1], dtype=torch.float64)
         levers = (matrix @ torch.linalg.inv(gram) @ matrix.T).diagonal()
         levers = {k: float(lever) for k, lever in zip(candidates, levers, strict=True)}
-        attention = self.non_causal(score, b, h)
+        attention = self.chunk_attention(score, b, h)
         attention = {k: attention[k] * float(self.values[b, h, k].norm()) for k in candidates}
         attention = self.pooled(attention, b, h, score.kernel // 2, "mean")
         levers, attention = self.standard(levers), self.standard(attention)
         return {k: score.blend * levers[k] + attention[k] for k in candidates}
 
-    def non_causal(self, score, b, h):
-        scale = self.held.scaling if score.scale is None else score.scale
+    def chunk_attention(self, score, b, h):
+        scale = self.inputs.scaling if score.scale is None else score.scale
         asked = [q for q in range(self.asked) if self.asked_at[b][q] >= 0]
         first = min(self.asked_at[b][q] for q in asked)
         chunk_of = {k: (self.at[b][h][k] - first) // score.chunk for k in self.candidates(b, h)}

@@ -1,4 +1,4 @@
-"""What must hold of scores whatever their formula: order, grouping and padding do not matter; needles are found."""
+"""Properties of scores whatever their formula: order, grouping and padding do not matter; needles are found."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from kvcompress.scores.expected_attention import ExpectedAttention
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
 from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
-from tests.cache.held_keys import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
+from tests.scores.cases import GROUP, PROMPT, ROTATION, padded, prompt, stream, with_stays
 from tests.tiny import tiny_model
 
 ROTATION_OF_4 = Rotation(4, 10.0)
@@ -30,24 +30,24 @@ def with_new_keys(before: AttentionTotals, keys: int) -> AttentionTotals:
 
 @pytest.mark.parametrize("name", SCORES)
 def test_the_order_of_slots_does_not_matter(name: str) -> None:
-    held, score = with_stays(stream()), make_score(name)
+    inputs, score = with_stays(stream()), make_score(name)
     order = torch.randperm(PROMPT)
-    fields = {field: getattr(held, field)[:, :, order] for field in ("keys", "values", "positions", "stays")}
-    slots = order.expand(held.keys.shape[:3])
-    assert held.earlier is not None
-    assert close(score(replace(held, earlier=held.earlier.take(slots), **fields)), score(held)[..., order])
+    fields = {field: getattr(inputs, field)[:, :, order] for field in ("keys", "values", "positions", "stays")}
+    slots = order.expand(inputs.keys.shape[:3])
+    assert inputs.earlier is not None
+    assert close(score(replace(inputs, earlier=inputs.earlier.take(slots), **fields)), score(inputs)[..., order])
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_a_head_and_a_row_score_the_same_alone(name: str) -> None:
-    held, score = padded(), make_score(name)
-    assert held.queries is not None
-    assert held.query_positions is not None
-    whole = score(held)
-    head = replace(held, keys=held.keys[:, 1:], values=held.values[:, 1:], queries=held.queries[:, GROUP:])
+    inputs, score = padded(), make_score(name)
+    assert inputs.queries is not None
+    assert inputs.query_positions is not None
+    whole = score(inputs)
+    head = replace(inputs, keys=inputs.keys[:, 1:], values=inputs.values[:, 1:], queries=inputs.queries[:, GROUP:])
     assert close(score(head), whole[:, 1:])
-    row = {field: getattr(held, field)[1:, :, 17:] for field in ("keys", "values", "positions", "queries")}
-    alone = replace(held, query_positions=held.query_positions[1:, 17:], **row)
+    row = {field: getattr(inputs, field)[1:, :, 17:] for field in ("keys", "values", "positions", "queries")}
+    alone = replace(inputs, query_positions=inputs.query_positions[1:, 17:], **row)
     assert close(score(alone), whole[1:, :, 17:])
     assert (whole[1, :, :17] == -torch.inf).all()
 
@@ -70,25 +70,25 @@ def test_what_a_score_needs_is_asked_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_repeat_and_are_float32(name: str) -> None:
-    held, score = prompt(), make_score(name)
+    inputs, score = prompt(), make_score(name)
     torch.manual_seed(5)
-    first = score(held)
-    assert torch.equal(first, score(held))
-    assert held.queries is not None
-    half = replace(held, **{n: getattr(held, n).bfloat16() for n in ("keys", "values", "queries")})
+    first = score(inputs)
+    assert torch.equal(first, score(inputs))
+    assert inputs.queries is not None
+    half = replace(inputs, **{n: getattr(inputs, n).bfloat16() for n in ("keys", "values", "queries")})
     assert score(half).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["key_diff", "leverage"])
 def test_a_needle_is_found(name: str) -> None:
     torch.manual_seed(2)
-    held = prompt()
-    keys = 0.1 * torch.randn(held.keys.shape) + torch.randn(1, 2, 1, 12)
+    inputs = prompt()
+    keys = 0.1 * torch.randn(inputs.keys.shape) + torch.randn(1, 2, 1, 12)
     needle = torch.randn(2, 2, 12) * torch.tensor(3.0)
     positions = torch.arange(PROMPT)
     keys[:, :, 23] = needle
-    held = replace(held, keys=ROTATION.turn(keys, positions) if name == "leverage" else keys)
-    assert (make_score(name)(held).argmax(-1) == 23).all()
+    inputs = replace(inputs, keys=ROTATION.turn(keys, positions) if name == "leverage" else keys)
+    assert (make_score(name)(inputs).argmax(-1) == 23).all()
 
 
 def test_leverage_is_exact_without_a_sketch_and_near_it_with_one() -> None:
@@ -104,37 +104,24 @@ def test_leverage_is_exact_without_a_sketch_and_near_it_with_one() -> None:
     assert float(torch.corrcoef(torch.stack([exact, near]))[0, 1]) > 0.9
 
 
-def test_snapkv_is_average_pooling_of_the_windows_attention() -> None:
-    held, radius = prompt(), 2
-    assert held.queries is not None
-    keys = held.keys.repeat_interleave(GROUP, 1)
-    hidden = torch.ones(PROMPT, PROMPT, dtype=torch.bool).triu(1)
-    weights = (held.queries @ keys.mT * held.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
-    before = weights[:, :, -8:].mean(2).unflatten(1, (2, GROUP)).mean(2)[..., : PROMPT - 8]
-    pooled = torch.nn.functional.avg_pool1d(before, 2 * radius + 1, 1, radius)
-    found = make_score("snapkv", window=8, kernel=2 * radius + 1)(held)
-    inner = slice(radius, PROMPT - 8 - radius)  # where no neighbour is missing
-    assert close(found[..., inner], pooled[..., inner])
-
-
 def test_attention_adds_up_over_chunks() -> None:
     """A stream that forgets nothing ends with the sums of the whole prompt, and forgetting takes the sums along."""
-    held = prompt()
-    assert held.queries is not None
+    inputs = prompt()
+    assert inputs.queries is not None
     before = None
     for begin, end in ((0, 9), (9, 10), (10, 31), (31, PROMPT)):
         chunk = replace(
-            held,
-            keys=held.keys[:, :, :end],
-            values=held.values[:, :, :end],
-            positions=held.positions[..., :end],
-            queries=held.queries[:, :, begin:end],
+            inputs,
+            keys=inputs.keys[:, :, :end],
+            values=inputs.values[:, :, :end],
+            positions=inputs.positions[..., :end],
+            queries=inputs.queries[:, :, begin:end],
             query_positions=torch.arange(begin, end)[None],
             earlier=None if before is None else with_new_keys(before, end - begin),
         )
         before = received(chunk)
     assert before is not None
-    whole = received(held)
+    whole = received(inputs)
     assert close(before.total, whole.total)
     assert torch.equal(before.queries, whole.queries)
     assert torch.equal(whole.queries[0, 0], torch.arange(PROMPT, 0, -1.0))
@@ -144,14 +131,14 @@ def test_attention_adds_up_over_chunks() -> None:
 
 def test_expected_attention_of_equal_queries_is_that_of_the_mean() -> None:
     """Without spread, and one position ahead, it is the attention that the query itself will give."""
-    held = replace(prompt(), queries=None)
+    inputs = replace(prompt(), queries=None)
     plain = torch.randn(2, 6, 1, 12)
     at = torch.arange(PROMPT)
-    held = replace(held, queries=ROTATION.turn(plain.expand(-1, -1, PROMPT, -1), at), query_positions=at[None])
+    inputs = replace(inputs, queries=ROTATION.turn(plain.expand(-1, -1, PROMPT, -1), at), query_positions=at[None])
     coming = ROTATION.turn(plain, torch.tensor([PROMPT])).unflatten(1, (2, GROUP))[..., 0, :]
-    logits = torch.einsum("bhnd,bhgd->bhgn", held.keys, coming) * held.scaling
-    expected = logits.softmax(-1).mean(2) * held.values.norm(dim=-1)
-    assert close(ExpectedAttention(future=1)(held), expected)
+    logits = torch.einsum("bhnd,bhgd->bhgn", inputs.keys, coming) * inputs.scaling
+    expected = logits.softmax(-1).mean(2) * inputs.values.norm(dim=-1)
+    assert close(ExpectedAttention(future=1)(inputs), expected)
 
 
 def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
@@ -161,8 +148,8 @@ def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
     keys = torch.randn(1, 1, 6, 4)
     turned = ROTATION_OF_4.turn(draws[None, None], torch.arange(4, 100_004) % 50)
     at = torch.arange(4, 100_004)[None] % 50
-    held = ScoreInputs(keys, keys, torch.arange(6)[None, None], 0.25, turned, at, ROTATION_OF_4)
-    found = ExpectedAttention(future=1, skip=0, value_norm=False, most=100_000)(held)[0, 0]
+    inputs = ScoreInputs(keys, keys, torch.arange(6)[None, None], 0.25, turned, at, ROTATION_OF_4)
+    found = ExpectedAttention(future=1, skip=0, value_norm=False, most=100_000)(inputs)[0, 0]
     coming = ROTATION_OF_4.turn(draws, torch.tensor([50]))
     mean_of_exponentials = (coming @ keys[0, 0].T * 0.25).exp().mean(0)
     assert torch.allclose(found, mean_of_exponentials / mean_of_exponentials.sum(), rtol=0.01)
@@ -195,6 +182,6 @@ def test_a_models_own_queries_can_be_turned_back(name: str) -> None:
     rotation, at = Rotation.of(model.config), torch.arange(length)
     assert torch.allclose(rotation.turn(queries, -at), plain, atol=1e-4)
     assert not torch.allclose(queries, plain, atol=1e-2)
-    held = ScoreInputs(keys, values, at[None, None], scale, queries, at[None], rotation)
+    inputs = ScoreInputs(keys, values, at[None, None], scale, queries, at[None], rotation)
     for score in SCORES:
-        assert make_score(score)(held).isfinite().all(), score
+        assert make_score(score)(inputs).isfinite().all(), score

@@ -1,4 +1,4 @@
-"""Choosing by score, and what is refused."""
+"""Selection by score, and refused inputs."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from kvcompress.core.errors import InputError
 from kvcompress.scores.registry import make_score
 from kvcompress.scores.topk import best
-from tests.cache.held_keys import prompt, with_stays
+from tests.scores.cases import prompt, with_stays
 
 
 def test_the_best_are_chosen_in_order() -> None:
@@ -40,28 +40,28 @@ def test_what_is_no_number_comes_last_and_what_is_excluded_never() -> None:
 
 
 def test_keys_that_stay_are_the_first_choice() -> None:
-    held = with_stays(prompt())
-    assert held.stays is not None
-    scores = make_score("key_norm")(held)
+    inputs = with_stays(prompt())
+    assert inputs.stays is not None
+    scores = make_score("key_norm")(inputs)
     chosen = best(scores, 10 + 5)
-    assert torch.zeros_like(scores).scatter_(-1, chosen, 1)[held.stays.expand_as(scores)].all()
-    others = best(scores, 5, held.stays)
-    assert torch.equal(torch.cat((others, held.stays[0, 0].nonzero()[:, 0].expand(2, 2, -1)), -1).sort(-1)[0], chosen)
+    assert torch.zeros_like(scores).scatter_(-1, chosen, 1)[inputs.stays.expand_as(scores)].all()
+    others = best(scores, 5, inputs.stays)
+    assert torch.equal(torch.cat((others, inputs.stays[0, 0].nonzero()[:, 0].expand(2, 2, -1)), -1).sort(-1)[0], chosen)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    held = prompt()
-    assert held.queries is not None
+    inputs = prompt()
+    assert inputs.queries is not None
     for field, tensor in (
-        ("values", held.values[:, :, 1:]),
-        ("positions", held.positions[0]),
+        ("values", inputs.values[:, :, 1:]),
+        ("positions", inputs.positions[0]),
         ("stays", torch.zeros(3, 1, 40, dtype=torch.bool)),
         ("query_positions", torch.arange(39)[None]),
         ("query_positions", None),
-        ("queries", held.queries[:, :5]),
+        ("queries", inputs.queries[:, :5]),
     ):
         with pytest.raises(InputError, match="query_positions" if field == "queries" else field):
-            replace(held, **{field: tensor})
+            replace(inputs, **{field: tensor})
 
 
 def test_unknown_names_and_parameters_are_refused() -> None:

@@ -22,7 +22,6 @@ from kvcompress.cache.head_group import Group
 from kvcompress.cache.padding import Padding
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.models.rotary import Rotation
-from kvcompress.ops.cpu_split_kv import attend_spread, parts_for
 
 BLOCK = 256  # queries a block: a mask of 256 rows, and at most 256 keys beside those held
 LARGE_BLOCK = 1024  # on a GPU, where a block is some thirty launches, and one mask serves all rows of the batch
@@ -165,10 +164,6 @@ def _decode(group: Group, query: Tensor, keys: Tensor, values: Tensor, reading: 
     padding, position = reading.padding, group.seen
     group.append(keys, values, padding)
     if sees_all(group, position, reading) and group.settled(padding):
-        keys, values = group.block.read(group.block.slots)
-        parts = parts_for(query, keys, group.filled) if not reading.dropout else 1
-        if parts > 1:
-            return attend_spread(query, keys, values, group.filled, reading.scale, parts)
         return attend(query, *group.read(), None, reading)
     held_keys, held_values = group.read()
     at = reading.real(position, position + 1, keys.device)

@@ -1,0 +1,1 @@
+"""Tensor functions and Triton kernels that know no cache and no model."""

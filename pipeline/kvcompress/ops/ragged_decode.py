@@ -1,8 +1,8 @@
-"""One token's attention over a layer's KV heads of unequal length, in one launch on a GPU.
+"""Attention of one token over a layer's KV heads of unequal length, in one launch on a GPU.
 
-`decode` is the bare operation on tensors: it knows nothing of a model or a cache, reads the count of tokens seen from
-the device, never waits for the device, and so can be captured in a CUDA graph. `fused` is how a cache comes to use it.
-The kernel is `decode_kernel`, imported with the first use, because it needs triton (which comes with torch for CUDA).
+`decode` works on tensors and knows no model and no cache. It reads the count of tokens seen from the device and never waits
+for the device, so it can be captured in a CUDA graph. The kernel, `ragged_decode_kernel`, is imported with the first use,
+because it needs triton (which comes with torch for CUDA).
 """
 
 import warnings
@@ -16,22 +16,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-UNBOUNDED = 2**31 - 1  # a capacity, as the kernel has it
-UNIT = 16  # keys: what programs divide the work by, finer than a block so that all end at the same time
-LARGEST_SIZE = 256  # of a head
-MOST_SUMS = 8192  # query heads a KV head times values' head size: sums that still fit a program's registers
+UNBOUNDED = 2**31 - 1  # capacity of a head that grows with the text, as in the kernel
+UNIT = 16  # keys a unit of work; finer than a block, so that all programs end at the same time
+LARGEST_SIZE = 256  # head size
+MOST_SUMS = 8192  # query heads a KV head times value head size: sums that still fit a program's registers
 SHARED_MEMORY = 100 * 1024  # bytes that one program may fill with keys and values
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Keys a block, programs a multiprocessor, warps of each, and stages of the pipeline that loads ahead.
+    """Launch parameters of the decode kernel. None of them changes a result beyond rounding.
 
-    `ahead`: keys that a program asks for while the launch before is ending; `lead`: keys left to read, a block at least,
-    when a program lets the next launch start. Both matter only where launches overlap.
-    `whole`: keys up to which a head is read by one program; `extra`: units of 16 keys that such a head counts more.
-    None of it changes a result beyond rounding. A CPU (triton's interpreter) counts as one multiprocessor.
+    Parameters
+    ----------
+    block: keys a block.
+    programs_per_processor: programs a multiprocessor. A CPU (triton's interpreter) counts as one multiprocessor.
+    warps: warps a program.
+    stages: stages of the pipeline that loads keys and values.
+    whole: largest head, in keys, that one program always reads alone.
+    extra: units of 16 keys added to such a head for the cost of its start and end.
+    ahead: keys that a program prefetches while the previous launch is ending.
+    lead: keys left to read, a block at least, when a program allows the next launch. `ahead` and `lead` matter only on
+        devices that overlap launches.
     """
 
     block: int = 32
@@ -45,9 +52,9 @@ class Tuning:
 
     @classmethod
     def fitting(cls, bytes_a_key: int, group: int) -> "Tuning":
-        """What was fastest on an H100: for several query heads a KV head the default, for one more programs.
+        """Return the parameters that were fastest on an H100: defaults for grouped queries, more programs without.
 
-        Blocks are so small that two programs fit a multiprocessor's shared memory.
+        Blocks are small enough for two programs to fit a multiprocessor's shared memory.
         """
         block = cls.block
         while block > 16 and block * bytes_a_key * (cls.stages - 1) > SHARED_MEMORY:
@@ -56,10 +63,11 @@ class Tuning:
 
 
 class GroupSlots(NamedTuple):
-    """KV heads of a layer that lie in one pair of tensors, contiguous `[batch, len(heads), slot, head_dim]`.
+    """Slots of some KV heads of a layer, in one pair of contiguous tensors `[batch, len(heads), slot, head_dim]`.
 
-    They hold the first `min(capacity, seen)` slots (capacity None: all seen). The first `sinks` never move, the others
-    are a ring: that matters in padded rows and to where a new column is stored. Head sizes of K and V may differ.
+    The first `min(capacity, seen)` slots are in use (capacity None: all seen). The first `sinks` slots never move, the
+    others are a ring, which decides where a new column is stored and what a padded row sees. Head sizes of K and V may
+    differ.
     """
 
     heads: Sequence[int]
@@ -69,22 +77,22 @@ class GroupSlots(NamedTuple):
     sinks: int = 0
 
 
-def table_of(parts: Sequence[GroupSlots], heads: int) -> Tensor:
-    """The kernel's int64 table `[heads, 6]` on the parts' device; heads in no part hold nothing.
+def table_of(groups: Sequence[GroupSlots], heads: int) -> Tensor:
+    """Build the kernel's int64 table `[heads, 6]` on the groups' device; heads in no group hold nothing.
 
-    It names addresses: make it anew once a tensor has moved.
+    The table contains addresses: build a new one after a tensor has moved.
     """
     lines = [[0] * 6 for _ in range(heads)]
-    for heads_of, keys, values, capacity, sinks in parts:
+    for heads_of, keys, values, capacity, sinks in groups:
         for at, head in enumerate(heads_of):
             lines[head] = [keys[0, at].data_ptr(), values[0, at].data_ptr(), keys.stride(0), values.stride(0)]
             lines[head] += [UNBOUNDED if capacity is None else capacity, sinks]
-    return torch.tensor(lines).to(parts[0].keys.device, non_blocking=True)
+    return torch.tensor(lines).to(groups[0].keys.device, non_blocking=True)
 
 
 @dataclass
 class Scratch:
-    """Room for partial results, reused by launches on one stream; `arrivals` is all 0 between launches."""
+    """Memory for partial results, reused by launches on one stream; `arrivals` is all 0 between launches."""
 
     partial: Tensor
     stats: Tensor
@@ -102,7 +110,7 @@ class Scratch:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 0 for a GPU that is too old for the kernel."""
+    """Number of multiprocessors of a device; 1 for a CPU, 0 for a GPU too old for the kernel."""
     if device.type != "cuda":
         return 1
     properties = torch.cuda.get_device_properties(device)
@@ -111,13 +119,13 @@ def processors(device: torch.device) -> int:
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Whether a device can start a launch while the one before is ending."""
+    """True if a device can start a launch while the previous one is ending."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
 
 
 @cache
 def kernel() -> Any:
-    """The kernel's module, or None (after a warning) where triton is there but cannot build anything."""
+    """Module of the kernel; None without triton, or (after a warning) where triton cannot build anything."""
     try:
         from kvcompress.ops import ragged_decode_kernel
     except ImportError:
@@ -128,13 +136,13 @@ def kernel() -> Any:
         try:
             triton.runtime.driver.active.get_current_device()  # builds triton's own helper: needs a C compiler
         except Exception as error:
-            warnings.warn(f"triton cannot be used, decoding goes group by group: {error}", stacklevel=2)
+            warnings.warn(f"triton cannot build kernels, so heads are decoded group by group: {error}", stacklevel=2)
             return None
     return ragged_decode_kernel
 
 
 def can_decode(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel can serve a query `[batch, kv_head, group, 1, head_dim]` and a cache of such K and V."""
+    """True if the kernel serves a query `[batch, kv_head, group, 1, head_dim]` over a cache of such K and V."""
     return (
         query.device.type == "cuda"
         and processors(query.device) > 0
@@ -163,22 +171,28 @@ def decode(
 ) -> tuple[Tensor, Scratch]:
     """Softmax attention of one query a row, `[batch, query_head, head_dim]` -> `[batch, query_head, value_size]`.
 
-    `table` is made by `table_of` from tensors of the query's dtype, at most 256 columns wide and of a multiple of 16
-    bytes; the table's heads share the query heads equally. `seen` (int32 `[1]`) counts the columns in the cache, the
-    query's own among them; `pads` (integers `[batch]`) those that are left padding. A head that holds nothing gives
-    exactly 0, and so does a row of nothing but padding. Scores are multiplied by `scale`, head_dim ** -0.5 by default.
-    `new`, the keys and values of the last column, `[batch, kv_head, head_dim]` each, are first stored in their slots
-    (where `Group` has them, for one that is not a padded row's sink); without it they are there already. `settled` says
-    that the launch before this one, on the same stream, writes none of `table`, `seen` and `pads`: then they are read
-    while it is still ending, where the device can do that.
+    A head that holds nothing gives exactly 0, and so does a row of nothing but padding.
 
-    Returns the scratch memory for the next call too: `scratch` itself if it was large enough.
+    Parameters
+    ----------
+    table: from `table_of`, over tensors of the query's dtype, at most 256 columns wide and of a multiple of 16 bytes. The
+        table's heads share the query heads equally.
+    seen: int32 `[1]`, columns in the cache, the query's own included.
+    pads: integers `[batch]`, columns of left padding [default: none].
+    scale: multiplies scores [default: head_dim ** -0.5].
+    scratch: memory of an earlier call, reused if it is large enough.
+    new: keys and values of the last column, `[batch, kv_head, head_dim]` each, which are first stored in their slots (by
+        the ring's rule, except in the sinks of a padded row) [default: they are stored already].
+    settled: the previous launch on this stream writes none of `table`, `seen` and `pads`. They are then read while that
+        launch is still ending, on devices that can.
+
+    Returns the output and the scratch memory for the next call.
     """
     batch, query_heads, size = query.shape
     heads, device = table.shape[0], query.device
     group = query_heads // heads
     key_large, key_small = _halves(size)
-    # With fewer columns than rows in a product triton lets all warps do the same work.
+    # With fewer columns than rows in a product, triton makes all warps do the same work.
     value_large, value_small = _halves(value_size, least=32)
     if tuning is None:
         tuning = Tuning.fitting((key_large + key_small + value_large + value_small) * query.element_size(), group)
@@ -237,12 +251,12 @@ def decode(
 
 
 def power_from(least: int) -> int:
-    """The smallest power of two that is not below `least`."""
+    """Smallest power of two that is at least `least`."""
     return 1 << (least - 1).bit_length()
 
 
 def _halves(size: int, least: int = 16) -> tuple[int, int]:
-    """A head size as the sum of two powers of two from `least` up, or of one and 0, with as little to spare as can be."""
+    """Cover a head size, as tightly as possible, by two powers of two of at least `least`, or by one and 0."""
     whole = max(power_from(size), least)
     large = whole // 2
     small = max(power_from(size - large), least)

@@ -1,6 +1,6 @@
-"""When kernels serve a score, and their launches; elsewhere scores go the way of torch's own operations.
+"""Launches of the score kernels, which replace torch's operations where `can_launch` allows it.
 
-Both ways give the same, up to the order of sums.
+Both give the same result up to the order of sums.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +13,13 @@ from torch import Tensor
 from kvcompress.models.rotary import Rotation
 from kvcompress.ops.ragged_decode import kernel, power_from, processors
 
-LARGEST_SIZE = 256  # of a head
-LARGEST_CHUNK = 256  # whose keys a program can hold
-LEAST = 16  # rows and columns of a matrix product
+LARGEST_SIZE = 256  # head size
+LARGEST_CHUNK = 256  # keys that one program can hold
+LEAST = 16  # fewest rows and columns of a matrix product
 
 
 def can_launch(*tensors: Tensor) -> bool:
-    """Whether the kernels serve such tensors, `[.., head_dim]`: half precision on a GPU of compute capability 8 or more."""
+    """True if the kernels serve tensors `[.., head_dim]`: half precision on a GPU of compute capability 8 or more."""
     device, dtype = tensors[0].device, tensors[0].dtype
     return (
         device.type == "cuda"
@@ -31,14 +31,17 @@ def can_launch(*tensors: Tensor) -> bool:
 
 
 def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, scale: float) -> Tensor:
-    """`non_causal` of a text: queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`,
-    there bool `[batch, kv_head, token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK."""
-    from kvcompress.ops import attention_sum_kernels
+    """Sum non-causal attention inside chunks of a text, in multiples of the chunk's mean; mean over a KV head's queries.
+
+    queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`, there bool `[batch, kv_head,
+    token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK.
+    """
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = keys.shape
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
     with on(keys.device):
-        attention_sum_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
+        score_kernels.among_neighbours[(-(-count // chunk), batch * heads)](
             *laid_out(queries),
             *laid_out(keys),
             there.contiguous(),
@@ -59,10 +62,12 @@ def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, s
 
 
 def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1) -> Tensor:
-    """Causal attention that the keys `[batch, kv_head, token, head_dim]` of a text receive from queries `[batch,
-    query_head, query, head_dim]`, summed, mean over a KV head's query heads: float32 `[batch, kv_head, token]`. The
-    queries are those of its last token and of the tokens `step`, 2 `step`, ... before."""
-    from kvcompress.ops import attention_sum_kernels
+    """Sum the causal attention that the keys of a text receive, mean over a KV head's query heads.
+
+    queries `[batch, query_head, query, head_dim]`, of the last token and of the tokens `step`, 2 `step`, ... before it; keys
+    `[batch, kv_head, token, head_dim]` -> float32 `[batch, kv_head, token]`.
+    """
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = keys.shape
     query_heads, asking = queries.shape[1:3]
@@ -74,28 +79,31 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
     sizes |= {"ROWS": rows, "KEYS": columns}
     numbers = heads, asking, count, step, scale * log2(e)
     with on(keys.device):
-        attention_sum_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
+        score_kernels.sums_of_weights[(-(-asking // rows), batch * query_heads)](
             *vectors, sums, *numbers, **sizes, num_warps=4
         )
-        attention_sum_kernels.received_by_keys[(-(-count // columns), batch * heads)](
+        score_kernels.received_by_keys[(-(-count // columns), batch * heads)](
             *vectors, sums, out, *numbers, **sizes, num_warps=4
         )
     return out
 
 
-def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor, scaling: float) -> Tensor:
-    """s k.m + s^2 k'Ck / 2: keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, spread `[..,
-    head_dim, head_dim]` -> float32 `[batch, kv_head, group, key]`."""
-    from kvcompress.ops import key_kernels
+def gaussian_logits(keys: Tensor, mean: Tensor, covariance: Tensor, scaling: float) -> Tensor:
+    """Compute s k.m + s^2 k'Ck / 2 of every key k for Gaussian queries of mean m and covariance C; s is `scaling`.
+
+    keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, covariance `[.., head_dim, head_dim]` ->
+    float32 `[batch, kv_head, group, key]`.
+    """
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = keys.shape
     group, rows = mean.shape[2], 64
     out = torch.empty(batch, heads, group, count, dtype=torch.float32, device=keys.device)
     with on(keys.device):
-        key_kernels.gaussian_logits[(-(-count // rows), batch * heads)](
+        score_kernels.gaussian_logits[(-(-count // rows), batch * heads)](
             *laid_out(keys),
             mean.float().contiguous(),
-            spread.to(keys.dtype).contiguous(),
+            covariance.to(keys.dtype).contiguous(),
             out,
             heads,
             count,
@@ -111,18 +119,18 @@ def gaussian_logits(keys: Tensor, mean: Tensor, spread: Tensor, scaling: float) 
 
 
 def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Tensor) -> Tensor:
-    """Keys `[batch, kv_head, token, head_dim]` of a text before rotation, projected by `[head_dim, sketch]`: float32.
+    """Undo the rotation of a text's keys `[batch, kv_head, token, head_dim]` and project them by `[head_dim, sketch]`.
 
-    `there` bool `[batch, kv_head, token]`, others are 0.
+    Returns float32 `[batch, kv_head, token, sketch]`, 0 where `there`, bool `[batch, kv_head, token]`, is false.
     """
-    from kvcompress.ops import key_kernels
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = keys.shape
     sketch, half, rest, rows = projection.shape[1], rotation.dim // 2, size - rotation.dim, 128
     cos, sin = rotation.cos_sin(torch.arange(count, device=keys.device))
     out = torch.empty(batch, heads, count, sketch, dtype=torch.float32, device=keys.device)
     with on(keys.device):
-        key_kernels.turned_back[(-(-count // rows), batch * heads)](
+        score_kernels.turned_back[(-(-count // rows), batch * heads)](
             *laid_out(keys),
             there.contiguous(),
             cos,
@@ -144,15 +152,15 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
 
 
 def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`Rotation.turn_by` of vectors `[batch, head, row, head_dim]` with cos and sin `[row, plane]`, as float32."""
-    from kvcompress.ops import key_kernels
+    """Apply `Rotation.turn_by` to vectors `[batch, head, row, head_dim]` with cos and sin `[row, plane]`, as float32."""
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = vectors.shape
     half, rows = cos.shape[1], 32
     rest = size - 2 * half
     out = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
     with on(vectors.device):
-        key_kernels.turned[(-(-count // rows), batch * heads)](
+        score_kernels.turned[(-(-count // rows), batch * heads)](
             *laid_out(vectors),
             cos.contiguous(),
             sin.contiguous(),
@@ -170,15 +178,18 @@ def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
-    """|(x - middle) matrix| ** 2: vectors `[batch, kv_head, key, size]`, middle `[batch, kv_head, size]`, matrix `[batch,
-    kv_head, size, size]`, all float32 -> `[batch, kv_head, key]`."""
-    from kvcompress.ops import key_kernels
+    """Compute |(x - middle) matrix| ** 2 of every vector x.
+
+    vectors `[batch, kv_head, key, size]`, middle `[batch, kv_head, size]`, matrix `[batch, kv_head, size, size]`, all
+    float32 -> `[batch, kv_head, key]`.
+    """
+    from kvcompress.ops import score_kernels
 
     batch, heads, count, size = vectors.shape
     rows = 128
     out = torch.empty(batch, heads, count, dtype=torch.float32, device=vectors.device)
     with on(vectors.device):
-        key_kernels.squared_lengths[(-(-count // rows), batch * heads)](
+        score_kernels.squared_lengths[(-(-count // rows), batch * heads)](
             vectors.contiguous(),
             middle.contiguous(),
             matrix.contiguous(),
@@ -193,15 +204,16 @@ def squared_lengths(vectors: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
 
 
 def laid_out(vectors: Tensor) -> tuple[Tensor, int, int, int]:
-    """`[batch, head, row, size]` and the elements from one batch, head and row to the next, for the kernels."""
+    """Vectors `[batch, head, row, size]` and their strides of batch, head and row, with contiguous rows."""
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     return vectors, vectors.stride(0), vectors.stride(1), vectors.stride(2)
 
 
 def power(least: int) -> int:
-    """The smallest power of two that is not below `least`, nor too small for a matrix product."""
+    """Smallest power of two that is at least `least` and large enough for a matrix product."""
     return max(LEAST, power_from(least))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

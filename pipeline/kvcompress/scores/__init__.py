@@ -1,1 +1,1 @@
-"""Published scores that rank keys without seeing the question, behind one interface (`Score`)."""
+"""Published scores that rank keys, behind one interface (`Score`), and the rule of strategy `select`."""

@@ -1,4 +1,4 @@
-"""Keys that much attention went to so far, the heavy hitters (Zhang et al. 2023, "H2O", arXiv 2306.14048)."""
+"""Score by all attention received so far, the heavy hitters (Zhang et al. 2023, "H2O", arXiv 2306.14048)."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,17 @@ from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 @dataclass(frozen=True)
 class AccumulatedAttention(Score):
-    """sum over queries q of softmax_k(q.k * scaling), divided by the number of queries that could see the key.
+    """Sum over queries q of softmax_k(q.k * scaling), divided by the number of queries that could see the key.
 
-    Query heads of a KV head are averaged. In a stream `held.earlier` carries the sums of the queries before these; to
-    go on, keep `received(held)` and `take` from it what is kept.
+    Query heads of a KV head are averaged. In a stream `ScoreInputs.earlier` carries the totals of earlier queries. To
+    continue, keep `received(inputs)` and `take` the slots that remain.
 
-    per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets
-        the same share of every query would rank by its age alone.
-    most: queries that are looked at: where there are more, every second, third, ... of them, the last included. The paper
-        looks at all (None), which takes as long as attention itself.
+    Parameters
+    ----------
+    per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets the
+        same share of every query would rank by its age alone.
+    most: largest number of queries used. With more, every second, third, ... is used, the last included. The paper uses
+        all (None), which takes as long as attention itself.
     """
 
     per_query: bool = True

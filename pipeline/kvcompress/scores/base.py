@@ -1,7 +1,7 @@
-"""The interface of all scores: what is held goes in, a number for every key comes out, and larger means keep.
+"""Interface of all scores: keys and queries go in, a number for every key comes out, and larger means keep.
 
-A score is a frozen dataclass whose fields are its parameters. It is a function of what it is given and nothing else: no
-state between calls, and random numbers only from a seed among its fields.
+A score is a frozen dataclass whose fields are its parameters. It is a pure function of its inputs: it has no state between
+calls, and takes random numbers only from a seed among its fields.
 """
 
 from abc import ABC, abstractmethod
@@ -14,74 +14,79 @@ from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 
 
 class Score(ABC):
-    """`score(held)` is float32 `[batch, kv_head, key]`: -inf in empty slots, +inf at keys that stay anyway.
+    """Rank the keys of a layer, each KV head by itself.
 
-    Scores are comparable within a KV head only. Raises `InputError` where the score needs queries and there are none,
-    `UnsupportedModelError` where it needs the rotary embedding and that is unknown.
+    Calling a score gives float32 `[batch, kv_head, key]`: -inf in empty slots, +inf at keys that stay in any case. Scores
+    are comparable within a KV head only. `totals`, the result of `received` for the same inputs, saves a score that
+    accumulates from computing it again.
+
+    Raises `InputError` if the score needs queries and there are none, `UnsupportedModelError` if it needs the rotary
+    embedding and that is unknown.
     """
 
     @property
     def needs_queries(self) -> bool:
+        """True if the score ranks keys by queries."""
         return False
 
     @property
     def needs_rotation(self) -> bool:
-        """Whether it looks at vectors before rotation."""
+        """True if the score uses vectors before rotation."""
         return False
 
     @property
     def accumulates(self) -> bool:
-        """Whether it goes on from `held.earlier`, so that a query must come to it once and no more."""
+        """True if the score continues from `ScoreInputs.earlier`, so that it must be given every query exactly once."""
         return False
-
-    def received(self, held: ScoreInputs) -> AttentionTotals | None:
-        """What a score that accumulates will go on from, None for others."""
-        return None
 
     @property
     def looks_back(self) -> int | None:
-        """How many of the last queries it looks at, None for all."""
+        """Number of last queries that the score uses, None for all."""
         return None
 
     def looks_at(self, count: int) -> slice:
-        """Of the last `count` queries those that are enough to have; all of them, unless it can do without their order."""
+        """Slice of the last `count` queries that the score uses; all of them if it needs their order."""
         return slice(None)
 
     @torch.no_grad()
-    def __call__(self, held: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
-        scores = self.of_candidates(held, totals).masked_fill(~held.real, -float("inf"))
-        return scores if held.stays is None else scores.masked_fill(held.real & held.stays, float("inf"))
+    def __call__(self, inputs: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
+        scores = self.of_candidates(inputs, totals).masked_fill(~inputs.real, -float("inf"))
+        return scores if inputs.stays is None else scores.masked_fill(inputs.real & inputs.stays, float("inf"))
 
     @torch.no_grad()
-    def of_candidates(self, held: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
-        """The same for who does not ask for anything but `held.candidates`: others may have any number."""
+    def of_candidates(self, inputs: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
+        """Scores like those of `__call__`, of which only the entries in `inputs.candidates` are meaningful."""
         name = type(self).__name__
-        if self.needs_queries and (held.queries is None or not held.queries.shape[2]):
+        if self.needs_queries and (inputs.queries is None or not inputs.queries.shape[2]):
             raise InputError(f"{name} ranks keys by the attention of queries, and there are none")
-        if self.needs_rotation and held.rotation is None:
+        if self.needs_rotation and inputs.rotation is None:
             raise UnsupportedModelError(
-                f"{name} looks at queries or keys before rotation, and this model's rotary embedding is not known"
+                f"{name} uses vectors before rotation, and this model's rotary embedding is not known"
             )
-        return self.rank(held) if totals is None else self.of_totals(totals)
-
-    def of_totals(self, totals: AttentionTotals) -> Tensor:
-        """Scores from the result of `received`, of a score that accumulates."""
-        raise NotImplementedError
+        return self.rank(inputs) if totals is None else self.of_totals(totals)
 
     @abstractmethod
-    def rank(self, held: ScoreInputs) -> Tensor:
-        """The scores, with anything at slots that are not `held.candidates`."""
+    def rank(self, inputs: ScoreInputs) -> Tensor:
+        """Scores of `inputs.candidates`, with any number elsewhere."""
+
+    def received(self, inputs: ScoreInputs) -> AttentionTotals | None:
+        """Totals from which a score that accumulates will continue, None for other scores."""
+        return None
+
+    def of_totals(self, totals: AttentionTotals) -> Tensor:
+        """Scores from the result of `received`, for a score that accumulates."""
+        raise NotImplementedError
 
 
 def require_at_least(least: int, **counts: int) -> None:
-    """Raise `InputError` that names the first of these parameters that is no whole number or smaller."""
+    """Raise `InputError` for the first parameter that is no whole number or is below `least`."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def require_odd(**counts: int) -> None:
-    """As `require_at_least` 1, and odd: a kernel reaches equally far to both sides."""
+    """Raise `InputError` for the first parameter that is no odd number of at least 1 (a pooling kernel is symmetric)."""
     require_at_least(1, **counts)
     for name, value in counts.items():
         if value % 2 == 0:

@@ -1,8 +1,8 @@
-"""What a score is given: the keys that a layer holds, with their places in the text, and the queries at hand.
+"""Inputs of a score: the keys of a layer with their positions in the text, and queries.
 
-The same for both uses. At the end of an exact prefill the keys are those of the whole prompt and the queries too; while
-streaming the keys are what each head still holds, with holes between their positions, and the queries are those of the
-last chunk. Keys and queries come as the cache and the attention function have them, after rotation.
+The inputs serve two occasions. At the end of an exact prefill, keys and queries are those of the whole prompt. While
+streaming and decoding, the keys are those that each head holds, with gaps between their positions, and the queries are
+those of the last chunk. Keys and queries are given after rotation, as the cache and the attention function have them.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,10 @@ class AttentionTotals:
     """Attention that keys have received so far, carried from chunk to chunk of a stream.
 
     What a key received does not depend on later queries, so a stream keeps two numbers a key. A cache that evicts keys
-    takes the remaining slots of both; new keys begin with 0.
+    takes the remaining slots of both. New keys begin with 0.
 
+    Parameters
+    ----------
     total: attention summed over queries, mean over the query heads of a KV head, float32 `[batch, kv_head, key]`.
     queries: number of queries that could see the key, float32 of the same shape.
     """
@@ -41,24 +43,23 @@ class AttentionTotals:
 class ScoreInputs:
     """Tensors of one layer, or of those of its KV heads that hold equally many keys.
 
-    keys: `[batch, kv_head, key, head_dim]`, in any order; values: `[batch, kv_head, key, value_dim]`.
-    positions: where each key stands in the text, integers `[batch or 1, kv_head or 1, key]`; -1 is an empty slot (or a
-        pad), which every score answers with -inf.
-    scaling: multiplies the products of queries and keys, usually head_dim ** -0.5.
-    queries: `[batch, query_head, query, head_dim]`, those of one KV head side by side as in the model; None where
-        there are none. query_positions: integers `[batch or 1, query]`, ascending; negative at pads, which count for
-        nothing.
-    rotation: the model's rotary embedding, None where it is unknown.
-    limit: the model's own sliding window (a query at p sees nothing before p - limit + 1), None without one.
-    stays: bool `[batch or 1, kv_head or 1, key]`, keys that are kept whatever they score (sinks, window). Every score
-        answers them with +inf; those that compare keys with each other leave them out where their paper does.
-    in_order: these are all keys of a text without pads, column by column, so that where each stands need not be looked
-        up, which on an accelerator would wait for all of its work. Where there are as many queries, they are so too. No
-        more is claimed where it is False.
-    asked: the positions of the queries as numbers, where they are known to be these in every row; None for unknown.
-    earlier: what every key had received before these queries came, see `AttentionTotals`; None where nothing is known.
+    Raises `InputError` if the shapes do not fit together.
 
-    Raises `InputError` where the shapes do not fit together.
+    Parameters
+    ----------
+    keys: `[batch, kv_head, key, head_dim]`, in any order.
+    values: `[batch, kv_head, key, value_dim]`.
+    positions: position of each key in the text, integers `[batch or 1, kv_head or 1, key]`; -1 is an empty slot or a pad.
+    scaling: multiplies the products of queries and keys, usually head_dim ** -0.5.
+    queries: `[batch, query_head, query, head_dim]`, query heads of one KV head next to each other [default: none].
+    query_positions: integers `[batch or 1, query]`, ascending; negative at pads, which are ignored.
+    rotation: the model's rotary embedding, None if unknown.
+    stays: bool `[batch or 1, kv_head or 1, key]`, keys that are kept whatever they score (sinks, window). Scores that
+        compare keys with each other leave them out if their paper does.
+    earlier: totals of all keys before these queries [default: unknown].
+    in_order: these are all keys of a text without pads, column by column; if there are as many queries, so are they.
+        Positions then need not be read, which would wait for all work of an accelerator.
+    query_range: positions of the queries as a Python range if they are known to be the same in every row, else None.
     """
 
     keys: Tensor
@@ -68,66 +69,65 @@ class ScoreInputs:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     rotation: Rotation | None = None
-    limit: int | None = None
     stays: Tensor | None = None
     earlier: AttentionTotals | None = None
     in_order: bool = False
-    asked: range | None = None
+    query_range: range | None = None
 
     def __post_init__(self) -> None:
         batch, heads, count = self.keys.shape[:3]
-        require("values", self.values.shape[:3], ((batch,), (heads,), (count,)))
+        require_shape("values", self.values.shape[:3], ((batch,), (heads,), (count,)))
         for name in ("positions", "stays"):
             tensor = getattr(self, name)
             if tensor is not None:
-                require(name, tensor.shape, ((batch, 1), (heads, 1), (count,)))
+                require_shape(name, tensor.shape, ((batch, 1), (heads, 1), (count,)))
         if self.queries is None:
             return
         if self.query_positions is None or self.queries.shape[1] % heads:
             raise InputError(
                 f"queries {list(self.queries.shape)} need query_positions, and as many heads for each of {heads} KV heads"
             )
-        require("query_positions", self.query_positions.shape, ((batch, 1), (self.queries.shape[2],)))
+        require_shape("query_positions", self.query_positions.shape, ((batch, 1), (self.queries.shape[2],)))
 
     @cached_property
     def real(self) -> Tensor:
-        """Which slots hold a key, bool `[batch, kv_head, key]`."""
+        """Slots that hold a key, bool `[batch, kv_head, key]`."""
         return (self.positions >= 0).expand(self.keys.shape[:3])
 
     @cached_property
     def candidates(self) -> Tensor:
-        """Which keys the choice is between, bool `[batch, kv_head, key]`."""
+        """Keys to select from, bool `[batch, kv_head, key]`."""
         if self.in_order and self.stays is not None:
             return ~self.stays.expand(self.keys.shape[:3])
         return self.real if self.stays is None else self.real & ~self.stays
 
     @cached_property
     def others(self) -> Tensor:
-        """All but the candidates."""
+        """Complement of `candidates`."""
         if self.in_order and self.stays is not None:
             return self.stays.expand(self.keys.shape[:3])
         return ~self.candidates
 
     @property
     def whole(self) -> bool:
-        """Whether these are all keys and all queries of a text, column by column."""
+        """True if these are all keys and all queries of a text, column by column."""
         return self.in_order and self.queries is not None and self.queries.shape[2] == self.keys.shape[2]
 
     @property
     def grouped_queries(self) -> Tensor:
-        """The queries by KV head, float32 `[batch, kv_head, group, query, head_dim]`."""
+        """Queries by KV head, float32 `[batch, kv_head, group, query, head_dim]`."""
         assert self.queries is not None
         return self.queries.float().unflatten(1, (self.keys.shape[1], -1))
 
     @property
     def at(self) -> Tensor:
-        """Positions of the queries, `[batch or 1, query]`."""
+        """Positions of the queries, which must be there, `[batch or 1, query]`."""
         assert self.query_positions is not None
         return self.query_positions
 
 
-def require(name: str, shape: torch.Size, allowed: tuple[tuple[int, ...], ...]) -> None:
-    """Raise `InputError` unless every size of `shape` is one of those allowed for it."""
+def require_shape(name: str, shape: torch.Size, allowed: tuple[tuple[int, ...], ...]) -> None:
+    """Raise `InputError` unless every size of `shape` is among those allowed for its dimension."""
     if len(shape) != len(allowed) or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
         expected = ", ".join(" or ".join(map(str, dict.fromkeys(sizes))) for sizes in allowed)
         raise InputError(f"{name} is of shape {list(shape)}, expected [{expected}]")

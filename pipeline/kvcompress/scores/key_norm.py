@@ -1,4 +1,4 @@
-"""Small keys (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy", arXiv 2406.11430)."""
+"""Score by key norm (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy", arXiv 2406.11430)."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from kvcompress.scores.inputs import ScoreInputs
 
 @dataclass(frozen=True)
 class KeyNorm(Score):
-    """-|k|: keys of small norm were found to get much attention. Rotation does not change it. No parameters."""
+    """-|k|: keys of small norm were found to receive much attention. Rotation does not change a norm. No parameters."""
 
-    def rank(self, held: ScoreInputs) -> Tensor:
-        return -vector_norm(held.keys, dim=-1, dtype=torch.float32)
+    def rank(self, inputs: ScoreInputs) -> Tensor:
+        return -vector_norm(inputs.keys, dim=-1, dtype=torch.float32)

@@ -1,32 +1,41 @@
-"""All scores by name, for whoever chooses one in a parameter file, and for the tests."""
+"""Names of all scores, and the score of a name.
 
-from collections.abc import Callable
-from typing import Any
+Parameter files are checked against the names, so importing this file loads neither torch nor kernels. The classes are
+imported when the first score is made.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.core.errors import InputError
-from kvcompress.scores.accumulated_attention import AccumulatedAttention
-from kvcompress.scores.base import Score
-from kvcompress.scores.compactor import Leverage
-from kvcompress.scores.expected_attention import ExpectedAttention
-from kvcompress.scores.key_diff import KeyDiff
-from kvcompress.scores.key_norm import KeyNorm
-from kvcompress.scores.snapkv import SnapKV
 
-SCORES: dict[str, Callable[..., Score]] = {
-    "key_norm": KeyNorm,
-    "key_diff": KeyDiff,
-    "snapkv": SnapKV,
-    "expected_attention": ExpectedAttention,
-    "leverage": Leverage,
-    "accumulated_attention": AccumulatedAttention,
-}
+if TYPE_CHECKING:
+    from kvcompress.scores.base import Score
+
+SCORES = ("key_norm", "key_diff", "snapkv", "expected_attention", "leverage", "accumulated_attention")
 
 
 def make_score(name: str, **parameters: Any) -> Score:
-    """The score of that name with these parameters. Raises `InputError` for a name or a parameter that is not known."""
+    """Return the score `name` with these parameters. Raises `InputError` for an unknown name or parameter."""
     if name not in SCORES:
         raise InputError(f"unknown score {name!r}, expected one of {', '.join(SCORES)}")
     try:
-        return SCORES[name](**parameters)
+        return score_classes()[name](**parameters)
     except TypeError as error:
         raise InputError(f"score {name}: {error}") from error
+
+
+@cache
+def score_classes() -> dict[str, type[Score]]:
+    """Classes of all scores by name."""
+    from kvcompress.scores.accumulated_attention import AccumulatedAttention
+    from kvcompress.scores.compactor import Leverage
+    from kvcompress.scores.expected_attention import ExpectedAttention
+    from kvcompress.scores.key_diff import KeyDiff
+    from kvcompress.scores.key_norm import KeyNorm
+    from kvcompress.scores.snapkv import SnapKV
+
+    classes = KeyNorm, KeyDiff, SnapKV, ExpectedAttention, Leverage, AccumulatedAttention
+    return dict(zip(SCORES, classes, strict=True))

@@ -1,18 +1,19 @@
-"""How a cache chooses keys by content, and the record of what it chose.
+"""Rule of strategy `select`: when a KV head selects keys, among which keys, and by which queries.
 
-This is where the strategy `select` is defined. A head holds s sinks, the last w keys and k chosen ones, each once, in
-just s + w + k slots; until as many tokens were seen it holds all. From then on it chooses anew every r = min(`every`, w)
-tokens. Candidates are the k chosen keys and the r oldest of the window, which the next r tokens will push out one by one.
-The k best of them become the chosen keys. The others stay where the next tokens will overwrite them: a window key in its
-own place, so that it is seen for as long as the window reaches, a key that is no longer chosen in the place of one that
-now is, the worst in the place that goes first. So a choice moves rows and copies none: nothing is held twice, no slot is
-empty, and between two choices a decode step is that of a window of s + k sinks and w keys.
+A head with s sinks, a window of w and k selected keys has s + w + k slots, one for each key. It holds every token until
+the slots are full. From then on it selects again every r = min(`every`, w) tokens. Candidates are the k selected keys and
+the r oldest keys of the window, whose slots the next r tokens overwrite. The k best candidates become the selected keys.
 
-At the end of an exact prefill the k best of all older keys are taken, and the same scores decide at once between these
-and the r oldest of the window. Scores rank by all queries of the prompt there, and by the last `observe` afterwards:
-of a question that comes after the prompt nothing is known when the prompt's keys are chosen. Each row of a batch and each
-head chooses for itself; a choice depends on how a text was cut into passes, and on what other rows are padded to, no more
-than scores do: by rounding, which may order keys that score the same (neighbours do whose scores are pooled).
+Rejected candidates stay in the slots that the next tokens overwrite. A rejected window key keeps its slot, so it stays
+visible for as long as the window reaches. A newly rejected key swaps slots with the key that replaced it; the lowest score
+is overwritten first. A selection therefore swaps rows and copies none: no key is held twice, no slot is empty, and a decode
+step between two selections is that of a head with s + k sinks and a window of w.
+
+At the end of an exact prefill the k best of all keys older than the window are taken, and the same scores decide at once
+between these and the r oldest keys of the window. These scores use all queries of the prompt, later ones the last `observe`
+queries: a question that comes after the prompt has no influence on the selection from the prompt. Every row of a batch and
+every head selects for itself. How a text is cut into passes and how other rows are padded changes scores by rounding only,
+which may reorder keys of equal score (as neighbours have whose scores are pooled).
 """
 
 from collections.abc import Mapping
@@ -27,13 +28,15 @@ from kvcompress.scores.registry import make_score
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """every: tokens between two choices of a head, where its window is not shorter.
-    observe: last queries that a choice while streaming or decoding goes by. They are kept, for scores that need any, in
-        the model's own precision: `[batch, query_head, observe, head_dim]` a layer, which `evidence_nbytes` counts.
-    scores: by name, for those that shall not have their default parameters.
-    rotation: the model's rotary embedding, for scores that look at vectors before it; None where it is unknown.
+    """Rule by which all heads of a cache select keys. Raises `InputError` for numbers below 1.
 
-    Raises `InputError` for numbers below 1.
+    Parameters
+    ----------
+    every: tokens between two selections of a head; fewer if its window is shorter.
+    observe: last queries that a selection uses while streaming or decoding. A cache keeps them, for scores that need
+        queries, in the model's own precision: `[batch, query_head, observe, head_dim]` a layer.
+    scores: scores by name, where they differ from the score of that name with default parameters.
+    rotation: the model's rotary embedding, for scores that use vectors before rotation; None if unknown.
     """
 
     every: int = 512
@@ -45,25 +48,25 @@ class SelectionRule:
         require_at_least(1, every=self.every, observe=self.observe)
 
     def score(self, name: str) -> Score:
-        """The score of that name. Raises `InputError` for one that is not known."""
+        """Return the score of that name. Raises `InputError` for an unknown one."""
         return self.scores[name] if name in self.scores else make_score(name)
 
 
-def kept_query_slots(plan: RetentionPlan, choosing: SelectionRule | None = None) -> int:
-    """Slots of K and V that take as many bytes as the queries which a cache of this plan keeps to choose keys by.
+def kept_query_slots(plan: RetentionPlan, rule: SelectionRule | None = None) -> int:
+    """Slots of K and V that take as many bytes as the queries a cache of this plan keeps for selection.
 
-    Those are, in a layer where any head's score asks for queries, `observe` of every query head; a slot is two vectors of
-    their size. Where keys lie and what they received, a few bytes a slot, is not counted.
+    A layer keeps `observe` queries of every query head if any of its heads has a score that needs queries; a slot is two
+    vectors of their size. Positions of keys and attention totals, a few bytes a slot, are not counted.
     """
-    rule = choosing or SelectionRule()
+    rule = rule or SelectionRule()
     asking = sum(any(kept.chosen and rule.score(kept.score).needs_queries for kept in layer) for layer in plan.layers)
     return asking * plan.num_attention_heads * rule.observe // 2
 
 
-def require_free_of_queries(score: str, choosing: SelectionRule) -> None:
-    """Raise `InputError` where a score ranks by queries, which a cache filled elsewhere does not have."""
-    if choosing.score(score).needs_queries:
+def require_free_of_queries(score: str, rule: SelectionRule) -> None:
+    """Raise `InputError` if a score ranks by queries, which a cache filled elsewhere does not have."""
+    if rule.score(score).needs_queries:
         raise InputError(
-            f"score {score!r} ranks keys by queries, and a cache that is compressed afterwards has none: start with"
-            " new_cache, or choose by key_norm or key_diff"
+            f"score {score!r} ranks keys by queries, which a cache that is compressed afterwards does not have: start with"
+            " new_cache, or use key_norm or key_diff"
         )

@@ -1,27 +1,28 @@
-"""Keys that the last queries attend to (Li et al. 2024, "SnapKV", arXiv 2404.14469)."""
+"""Score by the attention of the last queries (Li et al. 2024, "SnapKV", arXiv 2404.14469)."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kvcompress.core.errors import InputError
-from kvcompress.scores.attention_received import received
+from kvcompress.scores.attention_received import Pooling, pool, received
 from kvcompress.scores.base import Score, require_at_least, require_odd
 from kvcompress.scores.inputs import ScoreInputs
-from kvcompress.scores.pooling import Pooling, pool
 
 
 @dataclass(frozen=True)
 class SnapKV(Score):
     """Mean over the last `window` queries q of softmax_k(q.k * scaling), pooled over the key's neighbours in the text.
 
-    Query heads of a KV head are averaged. The paper scores only keys before the observation window; a key inside it is
-    given the mean over those of the queries that could see it. Where fewer queries are at hand, as in a short chunk,
-    those observe. The paper pools the prefix alone; here sinks and keys of the window count as neighbours like others.
+    Query heads of a KV head are averaged. The paper scores only keys before the observation window; here a key inside it
+    gets the mean over the queries that could see it. If fewer queries are available, as in a short chunk, those observe.
+    The paper pools the prefix alone; here sinks and keys of the window count as neighbours like others.
 
+    Parameters
+    ----------
     window: queries that observe.
-    kernel: keys pooled over, the key itself and as many on each side; odd. Neighbours that are gone count for nothing.
-    pooling: "mean" or "max"; both keep what surrounds a key that is attended to.
+    kernel: keys pooled over, the key itself and as many on each side; odd. Evicted neighbours do not count.
+    pooling: "mean" or "max"; both keep the surroundings of a key that receives attention.
     """
 
     window: int = 64
@@ -42,7 +43,7 @@ class SnapKV(Score):
     def looks_back(self) -> int | None:
         return self.window
 
-    def rank(self, held: ScoreInputs) -> Tensor:
-        found = received(held, self.window)
-        mean = found.total / found.queries.clamp_min(1)
-        return pool(mean, held.positions.expand(mean.shape), self.kernel // 2, self.pooling, held.in_order)
+    def rank(self, inputs: ScoreInputs) -> Tensor:
+        totals = received(inputs, self.window)
+        mean = totals.total / totals.queries.clamp_min(1)
+        return pool(mean, inputs.positions.expand(mean.shape), self.kernel // 2, self.pooling, inputs.in_order)

@@ -121,5 +121,5 @@ class Prompt:
             self.evidence.rotation,
             stays=stays[:, part],
             in_order=True,
-            asked=stand,
+            query_range=stand,
         )

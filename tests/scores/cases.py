@@ -1,12 +1,17 @@
-"""Random keys and queries for the tests of scores: a prompt, a stream with holes, rows with padding."""
+"""Tables that drive the tests of scores: scores with their parameters, and inputs.
+
+Inputs are random: a prompt, a stream with gaps, rows with padding, keys that stay, a text in order.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
+from kvcompress.scores.registry import SCORES
 
 BATCH, HEADS, GROUP, SIZE, PROMPT = 2, 2, 3, 12, 40
 ROTATION = Rotation(8, 100.0)  # partial: four of a head's twelve dimensions do not turn
@@ -27,7 +32,7 @@ def prompt() -> ScoreInputs:
 
 
 def stream() -> ScoreInputs:
-    """A chunk of 14 queries on what every head of every row holds: other positions each, in any order, and the chunk."""
+    """A chunk of 14 queries over the keys of every head and row: different positions each, in any order, and the chunk."""
     torch.manual_seed(1)
     rows = [[torch.randperm(90)[:26].tolist() for _ in range(HEADS)] for _ in range(BATCH)]
     positions = torch.tensor([[row + list(range(90, 104)) for row in heads] for heads in rows])
@@ -43,24 +48,24 @@ def stream() -> ScoreInputs:
 
 
 def padded() -> ScoreInputs:
-    """A prompt whose rows begin with 3 and with 17 pads; what lies in their slots is not a number."""
-    held, columns = prompt(), torch.arange(PROMPT)
+    """A prompt whose rows begin with 3 and with 17 pads, whose slots hold NaN."""
+    inputs, columns = prompt(), torch.arange(PROMPT)
     at = torch.stack([columns - 3, columns - 17])
     positions = at.clamp_min(-1)[:, None]
     empty = (positions < 0)[..., None]
     return replace(
-        held,
-        keys=held.keys.masked_fill(empty, float("nan")),
-        values=held.values.masked_fill(empty, float("nan")),
-        queries=held.queries.masked_fill(empty, 7.0),
+        inputs,
+        keys=inputs.keys.masked_fill(empty, float("nan")),
+        values=inputs.values.masked_fill(empty, float("nan")),
+        queries=inputs.queries.masked_fill(empty, 7.0),
         positions=positions,
         query_positions=at,
     )
 
 
-def with_stays(held: ScoreInputs) -> ScoreInputs:
-    positions = held.positions
-    return replace(held, stays=(positions < 4) | (positions > positions.amax(-1, keepdim=True) - 6))
+def with_stays(inputs: ScoreInputs) -> ScoreInputs:
+    positions = inputs.positions
+    return replace(inputs, stays=(positions < 4) | (positions > positions.amax(-1, keepdim=True) - 6))
 
 
 CASES: dict[str, Callable[[], ScoreInputs]] = {
@@ -70,5 +75,18 @@ CASES: dict[str, Callable[[], ScoreInputs]] = {
     "prompt, sinks and window stay": lambda: with_stays(prompt()),
     "stream, sinks and window stay": lambda: with_stays(stream()),
     "whole text": lambda: with_stays(replace(prompt(), in_order=True)),
-    "prompt, sliding window": lambda: replace(prompt(), limit=11),
 }
+
+# Every score with default parameters, and each parameter with another value.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in SCORES),
+    ("snapkv", {"window": 5, "kernel": 7, "pooling": "max"}),
+    ("snapkv", {"window": 9, "kernel": 1}),
+    ("expected_attention", {"future": 20, "skip": 0, "epsilon": 0.02}),
+    ("expected_attention", {"covariance": False, "value_norm": False, "skip": 1000}),
+    ("expected_attention", {"most": 9}),
+    ("leverage", {"sketch": 6, "chunk": 16, "seed": 3, "scale": None}),
+    ("leverage", {"unrotate": False, "chunk": 7, "kernel": 5, "ridge": 1.0, "blend": 2.0}),
+    ("accumulated_attention", {"per_query": False, "most": None}),
+    ("accumulated_attention", {"most": 9}),
+]
