@@ -1,7 +1,7 @@
 """Program that torchrun starts for tests/models/test_distributed.py: several stages within one group of processes.
 
-Run: torchrun --nproc-per-node N tests/models/distributed_program.py JSON, a list of [stage, flags]. Starting processes takes seconds,
-so they stay joined between the stages; all else is as in a run of its own.
+Run: torchrun --nproc-per-node N -m tests.models.distributed_program JSON, a list of [stage, flags]. Starting processes
+takes seconds, so they stay joined between the stages; all else is as in a run of its own.
 """
 
 import json

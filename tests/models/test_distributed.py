@@ -50,8 +50,8 @@ def alone(project: Path) -> Path:
 @pytest.fixture(scope="module")
 def together(project: Path) -> Path:
     """Results and output of several processes."""
-    (project / "tests").mkdir()
-    for name in ("__init__.py", "ranks_program.py", "tiny.py"):
+    for name in ("__init__.py", "tiny.py", "models/__init__.py", "models/distributed_program.py"):
+        (project / "tests/models").mkdir(parents=True, exist_ok=True)
         (project / "tests" / name).write_bytes((ROOT / "tests" / name).read_bytes())
     runs = json.dumps([[name, [*flags, "together"]] for name, *flags in RUNS])
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]

@@ -6,6 +6,7 @@ tests/models/test_head_shards.py.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,9 +64,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     params["model"] |= {"tp_plan": "auto"}
     (folder / "split.yaml").write_text(yaml.safe_dump(params))
-    (folder / "tests").mkdir()
-    for name in ("__init__.py", "parts_program.py", "tiny.py"):
-        (folder / "tests" / name).write_bytes((ROOT / "tests" / name).read_bytes())
+    for part in ("models", "reference"):
+        shutil.copytree(ROOT / "tests" / part, folder / "tests" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "tiny.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
     WINDOWS.save(folder / "windows.json")
     CHOSEN.save(folder / "chosen.json")
     assert stage_here(folder, "prepare").returncode == 0
