@@ -32,7 +32,7 @@ _active: ContextVar["AttentionObserver | None"] = ContextVar("kvcompress_observe
 
 
 class AttentionObserver:
-    """Collects one document's attention sums; the document may come in chunks with a KV cache between them."""
+    """Collect one document's attention sums; the document may come in chunks with a KV cache between them."""
 
     def __init__(self) -> None:
         self.layers: dict[int, dict[str, Tensor]] = {}
