@@ -1,4 +1,4 @@
-"""One launch over heads of unequal length against plain softmax attention in float32.
+"""Decode kernel over heads of unequal length against plain softmax attention in float32.
 
 On a CUDA device the compiled kernel is tested. Elsewhere the same tests run once more in a process of their own, in
 triton's interpreter, which must be chosen before triton is loaded; they are small because it is slow. The interpreter
@@ -30,9 +30,9 @@ def test_these_tests_pass_in_tritons_interpreter():
 
 
 def make(batch, lengths, group, size, value_size, dtype, spare=5, same_block=False):
-    """A query, parts whose unused slots are poisoned, and the reference `[batch, query_head, value_size]`.
+    """A query, groups whose unused slots are poisoned, and the reference `[batch, query_head, value_size]`.
 
-    One block a head, or one for all heads where they are equally long.
+    Every head is a group, or all heads are one if they are equally long.
     """
     query = torch.randn(batch, len(lengths) * group, size, device=DEVICE).to(dtype)
     blocks = []
@@ -42,14 +42,14 @@ def make(batch, lengths, group, size, value_size, dtype, spare=5, same_block=Fal
             block[:, head, :length] = torch.randn(batch, length, width, device=DEVICE).to(dtype)
         blocks.append(block)
     keys, values = blocks
-    parts = [GroupSlots(range(len(lengths)), keys, values, lengths[0])]
+    groups = [GroupSlots(range(len(lengths)), keys, values, lengths[0])]
     if not same_block:
-        parts = [
+        groups = [
             GroupSlots([head], *(block[:, head : head + 1, : length + spare].clone() for block in blocks), length)
             for head, length in enumerate(lengths)
             if length
         ]
-    return query, parts, reference(query, keys, values, lengths)
+    return query, groups, reference(query, keys, values, lengths)
 
 
 def reference(query, keys, values, lengths):
@@ -63,12 +63,12 @@ def reference(query, keys, values, lengths):
     return out
 
 
-def run(query, parts, heads, seen, scratch=None, tuning=None, pads=None, new=None):
+def run(query, groups, heads, seen, scratch=None, tuning=None, pads=None, new=None):
     count = torch.tensor([seen], dtype=torch.int32, device=DEVICE)
-    value_size = parts[0].values.shape[-1]
+    value_size = groups[0].values.shape[-1]
     tuning = tuning or (None if CUDA else Tuning(block=16, programs_per_processor=5, whole=24))
     out, scratch = ragged_decode.decode(
-        query, table_of(parts, heads), value_size, count, pads, None, scratch, tuning, new
+        query, table_of(groups, heads), value_size, count, pads, None, scratch, tuning, new
     )
     assert not scratch.arrivals.any()
     return out.float(), scratch
@@ -80,7 +80,7 @@ def error(found, expected):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever is allocated empty comes full of NaN."""
+    """Fill memory that is allocated empty with NaN."""
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, POISON, **options))
 
 
@@ -103,8 +103,8 @@ CASES = [
 @pytest.mark.parametrize(("lengths", "group", "size", "value_size", "dtype", "batch"), CASES)
 def test_the_kernel_is_softmax_attention_of_every_head(poisoned, lengths, group, size, value_size, dtype, batch):
     torch.manual_seed(sum(lengths))
-    query, parts, expected = make(batch, lengths, group, size, value_size, dtype)
-    found, _ = run(query, parts, len(lengths), max(lengths))
+    query, groups, expected = make(batch, lengths, group, size, value_size, dtype)
+    found, _ = run(query, groups, len(lengths), max(lengths))
     assert error(found, expected) < TOLERANCE[dtype]
     for head, length in enumerate(lengths):
         of_head = found[:, head * group : (head + 1) * group]
@@ -118,9 +118,9 @@ def test_the_kernel_is_softmax_attention_of_every_head(poisoned, lengths, group,
 def test_the_division_of_the_work_does_not_matter(poisoned, programs, block, whole, extra):
     torch.manual_seed(programs)
     lengths = [90, 0, 4, 31, 1]
-    query, parts, expected = make(2, lengths, 8, 32, 32, FP32)  # 8: four partial results are merged at a time
+    query, groups, expected = make(2, lengths, 8, 32, 32, FP32)  # 8: four partial results are merged at a time
     tuning = Tuning(block=block, programs_per_processor=programs, whole=whole, extra=extra)
-    found, _ = run(query, parts, 5, 90, tuning=tuning)
+    found, _ = run(query, groups, 5, 90, tuning=tuning)
     assert error(found, expected) < TOLERANCE[FP32]
 
 
@@ -128,18 +128,18 @@ def test_the_division_of_the_work_does_not_matter(poisoned, programs, block, who
 def test_a_grown_cache_needs_only_a_new_count_and_scratch_serves_again(poisoned):
     """Bounded heads stay as they are, the unbounded ones show more of their slots; scores are large and negative."""
     torch.manual_seed(0)
-    query, parts, _ = make(1, [64, 20], 4, 64, 64, FP32)
+    query, groups, _ = make(1, [64, 20], 4, 64, 64, FP32)
     query *= -6
-    parts[0] = parts[0]._replace(capacity=None)
+    groups[0] = groups[0]._replace(capacity=None)
     scratch = None
     for seen in (3, 20, 21, 63, 64):
-        found, scratch = run(query, parts, 2, seen, scratch)
-        blocks = [torch.cat([part[i][:, :, :20] for part in parts], dim=1) for i in (1, 2)]
+        found, scratch = run(query, groups, 2, seen, scratch)
+        blocks = [torch.cat([part[i][:, :, :20] for part in groups], dim=1) for i in (1, 2)]
         bounded = reference(query, *blocks, [min(seen, 20)] * 2)[:, 4:]
-        full = reference(query[:, :4], parts[0].keys, parts[0].values, [seen])
+        full = reference(query[:, :4], groups[0].keys, groups[0].values, [seen])
         assert error(found, torch.cat((full, bounded), dim=1)) < TOLERANCE[FP32]
-    query, parts, expected = make(3, [9, 40, 2], 1, 32, 32, FP32)
-    assert error(run(query, parts, 3, 40, scratch)[0], expected) < TOLERANCE[FP32]
+    query, groups, expected = make(3, [9, 40, 2], 1, 32, 32, FP32)
+    assert error(run(query, groups, 3, 40, scratch)[0], expected) < TOLERANCE[FP32]
 
 
 @needs_triton
@@ -148,21 +148,21 @@ def test_a_grown_cache_needs_only_a_new_count_and_scratch_serves_again(poisoned)
 def test_pads_are_hidden_and_a_row_of_pads_gives_zeros(poisoned, programs, whole):
     """An unbounded head and a ring of 12 that has turned; rows with pads up to all there is."""
     torch.manual_seed(programs)
-    query, parts, _ = make(4, [48, 12], 3, 32, 32, FP32)
-    parts[0] = parts[0]._replace(capacity=None)
+    query, groups, _ = make(4, [48, 12], 3, 32, 32, FP32)
+    groups[0] = groups[0]._replace(capacity=None)
     pads = torch.tensor([0, 21, 48, 40], device=DEVICE)
     for row, pad in enumerate(pads.tolist()):
-        for tensor in parts[0][1:3]:
+        for tensor in groups[0][1:3]:
             tensor[row, :, :pad] = POISON
     tuning = Tuning(block=16, programs_per_processor=programs, whole=whole)
-    found, _ = run(query, parts, 2, 48, tuning=tuning, pads=pads)
+    found, _ = run(query, groups, 2, 48, tuning=tuning, pads=pads)
     assert not found[2].any()
     ring = [47 - (47 - slot) % 12 for slot in range(12)]  # the column in each slot
     for row in (0, 1, 3):
         pad = int(pads[row])
-        of_row = [tensor[row : row + 1, :, pad:48] for tensor in parts[0][1:3]]
+        of_row = [tensor[row : row + 1, :, pad:48] for tensor in groups[0][1:3]]
         shown = [slot for slot in range(12) if ring[slot] >= pad]
-        of_ring = [tensor[row : row + 1, :, shown] for tensor in parts[1][1:3]]
+        of_ring = [tensor[row : row + 1, :, shown] for tensor in groups[1][1:3]]
         expected = torch.cat(
             [
                 reference(query[row : row + 1, :3], *of_row, [48 - pad]),
@@ -183,14 +183,14 @@ def test_the_last_column_is_stored_before_it_is_read(size, value_size, dtype):
         tuple(torch.full((2, 1, slots, width), POISON, dtype=dtype, device=DEVICE) for width in (size, value_size))
         for slots in (18, 6, 5)
     ]
-    parts = [GroupSlots([i], *block, kept[i].capacity, kept[i].sinks) for i, block in enumerate(blocks)]
+    groups = [GroupSlots([i], *block, kept[i].capacity, kept[i].sinks) for i, block in enumerate(blocks)]
     column_major = [torch.randn(2, 18, 3, width, device=DEVICE).to(dtype) for width in (size, value_size)]
     text = [tensor.transpose(1, 2) for tensor in column_major]  # [batch, kv_head, column, head_dim]
     scratch = None
     for seen in range(1, 19):
         query = torch.randn(2, 6, size, device=DEVICE).to(dtype)
         new = tuple(tensor[:, :, seen - 1] for tensor in text)
-        found, scratch = run(query, parts, 3, seen, scratch, new=new)
+        found, scratch = run(query, groups, 3, seen, scratch, new=new)
         for i, head in enumerate(kept):
             shown = head.positions(seen)
             keys, values = (tensor[:, i : i + 1, shown] for tensor in text)
@@ -211,19 +211,19 @@ def test_what_the_cost_program_times_is_the_same(full):
 @needs_triton
 def test_a_query_may_be_a_view_and_the_scale_given():
     torch.manual_seed(0)
-    _, parts, _ = make(2, [30, 30], 3, 32, 32, FP32, same_block=True)
+    _, groups, _ = make(2, [30, 30], 3, 32, 32, FP32, same_block=True)
     heads_last = torch.randn(2, 32, 6, device=DEVICE)
     count = torch.tensor([30], dtype=torch.int32, device=DEVICE)
     tuning = Tuning(block=16, whole=0)
-    found, _ = ragged_decode.decode(heads_last.mT, table_of(parts, 2), 32, count, scale=0.5, tuning=tuning)
-    expected = reference(heads_last.mT * 0.5 * math.sqrt(32), parts[0].keys, parts[0].values, [30, 30])
+    found, _ = ragged_decode.decode(heads_last.mT, table_of(groups, 2), 32, count, scale=0.5, tuning=tuning)
+    expected = reference(heads_last.mT * 0.5 * math.sqrt(32), groups[0].keys, groups[0].values, [30, 30])
     assert error(found, expected) < TOLERANCE[FP32]
 
 
 def both_ways(monkeypatch, family, plan, pads, chunks, length):
-    """Logits of a text read group by group and by the kernel, and of every launch whether it found all settled.
+    """Logits of a text read group by group and by the kernel, and the `settled` of every launch.
 
-    What the two caches hold at the end must be the same, slot by slot.
+    The two caches must hold the same at the end, slot by slot.
     """
     model = model_of(family).to(DEVICE)
     ids, mask = padded(3, length) if pads else (tokens(2, length), None)
@@ -311,20 +311,20 @@ def test_what_the_kernel_cannot_do_is_refused():
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_long_contexts_and_the_same_bits_every_time(lengths, group, size, dtype):
     torch.manual_seed(0)
-    query, parts, expected = make(16, lengths, group, size, size, dtype)
-    first, scratch = run(query, parts, len(lengths), max(lengths))
+    query, groups, expected = make(16, lengths, group, size, size, dtype)
+    first, scratch = run(query, groups, len(lengths), max(lengths))
     assert error(first, expected) < TOLERANCE[dtype]
     for _ in range(50):
-        again, scratch = run(query, parts, len(lengths), max(lengths), scratch)
+        again, scratch = run(query, groups, len(lengths), max(lengths), scratch)
         assert torch.equal(again, first)
 
 
 @needs_cuda
 def test_a_captured_graph_follows_the_count():
     torch.manual_seed(0)
-    query, parts, _ = make(4, [5000, 132], 4, 128, 128, BF16)
-    parts[0] = parts[0]._replace(capacity=None)
-    table, seen = table_of(parts, 2), torch.tensor([4000], dtype=torch.int32, device=DEVICE)
+    query, groups, _ = make(4, [5000, 132], 4, 128, 128, BF16)
+    groups[0] = groups[0]._replace(capacity=None)
+    table, seen = table_of(groups, 2), torch.tensor([4000], dtype=torch.int32, device=DEVICE)
     _, scratch = ragged_decode.decode(query, table, 128, seen)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -335,6 +335,6 @@ def test_a_captured_graph_follows_the_count():
         out.fill_(POISON)
         graph.replay()
         expected = torch.cat(
-            [reference(query[:, :4], *parts[0][1:3], [count]), reference(query[:, 4:], *parts[1][1:3], [132])], dim=1
+            [reference(query[:, :4], *groups[0][1:3], [count]), reference(query[:, 4:], *groups[1][1:3], [132])], dim=1
         )
         assert error(out.float(), expected) < TOLERANCE[BF16]

@@ -1,5 +1,7 @@
-"""Where the kernels' tests run: compiled on a CUDA device; elsewhere once more in a process of their own, in triton's
-interpreter, which must be chosen before triton is loaded."""
+"""Device of the kernel tests: a CUDA device, or triton's interpreter on a CPU.
+
+The interpreter has to be chosen before triton is loaded, so without a CUDA device the tests run again in another process.
+"""
 
 import importlib.util
 import os
@@ -32,7 +34,7 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def only_where_interpreted(test):
     """Marks the test that runs its file's others in the interpreter."""
     for condition, reason in (
-        (CUDA or INTERPRETED, "the tests here run as they are"),
+        (CUDA or INTERPRETED, "the tests here run directly"),
         (
             HAS_TRITON and release("triton") < (3, 7) and release("numpy") >= (2, 4),
             "the interpreter before triton 3.7 cannot count to a number on the device with numpy 2.4",

@@ -67,6 +67,6 @@ def require_free_of_queries(score: str, rule: SelectionRule) -> None:
     """Raise `InputError` if a score ranks by queries, which a cache filled elsewhere does not have."""
     if rule.score(score).needs_queries:
         raise InputError(
-            f"score {score!r} ranks keys by queries, which a cache that is compressed afterwards does not have: start with"
+            f"score {score!r} ranks keys by queries, and a cache that is compressed afterwards has none: start with"
             " new_cache, or use key_norm or key_diff"
         )
