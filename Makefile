@@ -1,16 +1,16 @@
-# Two commands: `make repro` runs the whole pipeline, `make test` checks the code. Both set up .venv first if need be.
+# Two commands: `make repro` runs the whole pipeline, `make test` checks the code. Both set up .venv first if needed.
 SHELL := /bin/bash
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro test setup lock deps wheel-test plots-page clean
+.PHONY: help repro test test-all setup lock wheel-test plots-page clean
 help:
 	@echo "make repro       set up .venv, then run every stage that is not up to date (dvc repro)"
-	@echo "make test        set up .venv, then lint, type check and test"
+	@echo "make test        set up .venv, then lint, type check and run the fast tests"
+	@echo "make test-all    the same with the slow tests: pipeline, wheel, browser, several processes, interpreter"
 	@echo "make setup       only set up .venv from requirements.lock"
 	@echo "make lock        write requirements.lock anew from pyproject.toml"
-	@echo "make deps        write into dvc.yaml what every stage imports"
 	@echo "make wheel-test  build the wheel, install it into an empty environment, and use it there (needs the package index)"
 	@echo "make plots-page  write .dvc/plots/page.html anew, in which dvc plots works without a network (needs npm)"
 	@echo "make clean       remove .venv and tool caches (results stay)"
@@ -22,10 +22,13 @@ repro: setup
 test: setup
 	@echo "== ruff: lint and format"
 	@ruff check . && ruff format --check .
-	@echo "== mypy: types in pipeline/ and stages/"
+	@echo "== mypy: types"
 	@mypy
 	@echo "== pytest, on all cores"
-	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder $(MARK)
+
+test-all: MARK = -m "slow or not slow"
+test-all: test
 
 setup: $(READY)
 
@@ -50,9 +53,6 @@ lock:
 	  { echo "# Made by 'make lock': what the pipeline and its tests were run with."; \
 	    $$scratch/bin/pip freeze --exclude kvcompress | sed -E 's/^torch==([0-9.]+).*/torch==\1/'; } > requirements.lock; \
 	  rm -rf $$scratch build; head -1 requirements.lock
-
-deps: setup
-	@python -m tests.project.write_deps
 
 wheel-test: setup
 	@python -m tests.project.wheel_trial
