@@ -5,12 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks import offload_check
 from kvcompress.collect.collect import collect_attention
-from kvcompress.core.artifacts import read_json
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
 from kvcompress.evaluation.environment import environment
@@ -120,18 +117,3 @@ def test_statistics_of_a_model_split_between_devices(folder: Path, plain: PreTra
             parts = ids.to(input_device(one)).split([60, *[1] * 30], 1)
             logits.append(torch.cat([one(part, past_key_values=cache).logits.cpu() for part in parts], 1))
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
-
-
-def test_the_program_that_compares_places(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    offload_check.main(folder, 256, "cpu", tmp_path / "found.json")
-    found = read_json(tmp_path / "found.json")
-    assert 0 < found["offloaded"] < found["parameters"]
-    assert max(found["differences"].values()) <= offload_check.TOLERANCE
-    assert "largest difference: " in capsys.readouterr().out
-
-
-def test_the_program_notices_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[float] = []
-    monkeypatch.setattr(offload_check, "measured", lambda *_: calls.append(0.5) or {"sinks": torch.tensor(sum(calls))})
-    with pytest.raises(typer.Exit):
-        offload_check.main(folder, 256, "cpu", None)

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.kernel_cost import Layer, Shape
+from benchmarks.decode import Layer, Shape
 from kvcompress.cache import fused_decode
 from kvcompress.core.retention import Retention
 from kvcompress.ops import ragged_decode
@@ -204,7 +204,6 @@ def test_what_the_cost_program_times_is_the_same(full):
     torch.manual_seed(full)
     layer = Layer(Shape(4, 2, 32, 2, 140, full), FP32, DEVICE)
     assert error(layer.kernel(), layer.by_group()) < TOLERANCE[FP32]
-    assert layer.kernel_error() < TOLERANCE[FP32]
     assert full < 2 or error(layer.kernel(), layer.dense()[:, :, 0]) < TOLERANCE[FP32]
 
 

@@ -44,7 +44,7 @@ NAMES_OF_TOOLS = {"dvc metrics", "dvc plots", "dvc exp"}  # in prose, a group of
 
 def check_python(words: list[str], complete: bool) -> None:
     assert words[1] == "-m", words
-    base = ROOT if words[2].startswith("stages") else ROOT / "pipeline"
+    base = ROOT / "pipeline" if words[2].startswith("kvcompress") else ROOT
     assert (base / (words[2].replace(".", "/") + ".py")).is_file(), words[2]
     module = importlib.import_module(words[2])
     app = getattr(module, "app", None) or typer.Typer()

@@ -30,7 +30,12 @@ def test_one_masked_pass_equals_the_real_cache(plan: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / "model")
     name, text = next(iter(load_texts(DATA / "corpus", "evaluation").items()))
     ids = next(iter(documents(tokenizer, name, text, TOKENS, 1)))[None]
-    path = ROOT / "reports/plans" / read_json(DATA / "model.json")["id"].split("/")[-1] / f"{plan}.json"
+    path = (
+        ROOT
+        / "reports/devices/cpu-2-cores/plans"
+        / read_json(DATA / "model.json")["id"].split("/")[-1]
+        / f"{plan}.json"
+    )
     kept = RetentionPlan.load(path).layers
     compressor = HeadAwareCompressor.from_plan(path)
     for prefill in ("streaming", "exact"):
