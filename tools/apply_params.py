@@ -37,6 +37,7 @@ def main(
     """Merge OVERRIDES into PARAMS."""
     yaml = YAML()
     yaml.width = 4096
+    yaml.representer.add_representer(type(None), lambda one, _: one.represent_scalar("tag:yaml.org,2002:null", "null"))
     base, changes = yaml.load(read_text(params)), yaml.load(read_text(overrides))
     if not isinstance(changes, Mapping):
         raise InputError(f"{overrides} holds no sections, expected the shape of params.yaml")
