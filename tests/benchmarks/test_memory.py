@@ -11,6 +11,7 @@ from tests.benchmarks.programs import refused, result_of
 from tests.tiny import save_tiny
 
 
+@pytest.mark.slow
 def test_resident_memory_falls_by_what_the_caches_report(tmp_path: Path) -> None:
     """Fresh processes; 262 MB of cache in many layers and little model, so that the difference stands out."""
     result = result_of(memory.app, ["resident", "--tiny"], tmp_path)
