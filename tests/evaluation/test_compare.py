@@ -71,7 +71,7 @@ def test_rows_are_complete(rows: list[dict[str, Any]]) -> None:
 def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:
     change = {"mean": (low + high) / 2, "low": low, "high": high}
     rival = {"name": "uniform", "bytes": nbytes, "perplexity": 10.0, "nll_over_rival": change}
-    return {"name": "mine", "share": 0.25, "perplexity": 9.0, "rival": rival}
+    return {"name": "mine", "family": "priced", "share": 0.25, "perplexity": 9.0, "rival": rival}
 
 
 def test_conclusions_say_which_of_two_wins() -> None:

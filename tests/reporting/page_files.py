@@ -101,7 +101,12 @@ def benchmark(model: str) -> list[dict[str, Any]]:
                 "name": name,
                 "settings": settings,
                 **speed,
-                "to_full": {"decode_times_faster": 1.0 + i, "bytes_share": 1.0 - 0.5 * i, "nll": nll},
+                "to_full": {
+                    "decode_times_faster": 1.0 + i,
+                    "bytes_share": 1.0 - 0.5 * i,
+                    "perplexity_ratio": 1.0,
+                    "nll": nll,
+                },
             }
         )
     step: dict[str, Any] = {"batch": 1, "megabytes": 1.0}

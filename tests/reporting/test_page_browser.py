@@ -119,7 +119,7 @@ def marks(dom: str, plot: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for kind, inside in re.findall(r'<g class="mark-(\w+) role-mark [^"]*marks"[^>]*>(.*?)</g>', part, re.DOTALL):
         found[kind] = found.get(kind, 0) + inside.count("<path") + inside.count("<line")
-    return found
+    return {kind: count for kind, count in found.items() if count}
 
 
 @pytest.mark.parametrize(("command", "revisions"), [("show", 1), ("diff", 2)])
