@@ -69,7 +69,7 @@ def main(
         write_json(output_dir / "ablation.json", [result])
         write_text(output_dir / "ablation.md", text)
     if metrics_file:
-        write_json(metrics_file, metrics(result["rows"]))
+        write_json(metrics_file, metrics([result]))
     print(text)
 
 

@@ -59,7 +59,7 @@ def main(
         write_json(output_dir / "plan_comparison.json", [result])
         write_text(output_dir / "plan_comparison.md", text)
     if metrics_file:
-        write_json(metrics_file, metrics(result["rows"]))
+        write_json(metrics_file, metrics([result]))
     print(text)
 
 

@@ -88,4 +88,4 @@ def test_report_and_metrics(rows: list[dict[str, Any]]) -> None:
     text = report([result])
     assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 2
     assert text.count("ΔNLL") >= 9
-    assert set(metrics(rows)) == {row["name"] for row in rows}
+    assert set(metrics([result])) == {row["name"] for row in rows}
