@@ -159,7 +159,7 @@ def relative_position_by_type(info: ModelInfo, groups: HeadsByClass) -> Figure:
         places = [*range(near_count), *((edges[i] * edges[i + 1]) ** 0.5 for i in range(len(middle) - near_count))]
         x = 1 + np.array(places)
         colour, marker = CLASS_STYLE[kind]
-        every = [*range(0, 8), 11, 15, 23, 31, 47, 63, *range(64, len(x))]
+        every = [i for i in (*range(8), 11, 15, 23, 31, 47, *range(63, len(x))) if i < len(x)]
         label = f"{CLASS_LABELS[kind]} ({len(profiles)})"
         axis.plot(x, middle, color=colour, marker=marker, markevery=every, ms=4, lw=1.4, label=label)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

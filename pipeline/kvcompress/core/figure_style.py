@@ -33,8 +33,9 @@ SETTINGS: Any = {  # of matplotlib; its stubs know each key by name
 
 def set_title(figure: "Figure", heading: str, details: str) -> None:
     """Write a heading and, below it, the conditions of the measurement; lines are broken to the figure's width."""
-    text = fill(details, int(12.4 * figure.get_figwidth()))
-    figure.suptitle(f"{heading}\n{text}", fontsize=10, x=0.01, ha="left", linespacing=1.35)
+    text = f"{heading}\n{fill(details, int(12.4 * figure.get_figwidth()))}"
+    plain = text.replace("$", r"\$")  # a name is no formula
+    figure.suptitle(plain, fontsize=10, x=0.01, ha="left", linespacing=1.35)
 
 
 def save_png(figure: "Figure", path: str | Path, dpi: int) -> None:

@@ -120,10 +120,10 @@ def about(result: Result, protocol: str) -> str:
     """Name model, machine and number of tokens for the title of a figure."""
     where, settings, (row, *_) = result["environment"], result["settings"], result[PROTOCOLS[protocol]]
     documents = counted(settings["documents_per_text"] * len(result["texts"]), "document")
-    after = f", after an exact prefill of {settings['context']:,}" if protocol == CONTINUATION else ""
+    read = f"after an exact prefill of {settings['context']:,}" if protocol == CONTINUATION else "read as a stream"
     return (
         f"{result['model']} on {where['device']}, {where['dtype']}; n = {row['tokens']:,} tokens in {documents} of "
-        f"{settings['max_tokens']:,}{after}"
+        f"{settings['max_tokens']:,}, {read}"
     )
 
 

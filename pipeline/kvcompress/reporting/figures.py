@@ -38,9 +38,7 @@ def svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    left_out = (
-        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"  # its style is a rule for every element of a page
-    )
+    left_out = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"  # the style would hold for the whole page
     text = re.sub(left_out, "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", text, count=5)
     text = re.sub(r' id="[a-zA-Z0-9.]+_[\d.]+"|xlink:(?=href)', "", text)  # ids of groups repeat from figure to figure
@@ -83,9 +81,10 @@ def pareto_figure(results: Sequence[Result], heading: str, protocol: str = STREA
     data = pareto_data(all_rows(results)[protocol])
     top = data[0]["ceiling"]
     details = (
-        f"{about(results[0], protocol)}. Bars: {CONFIDENCE:.0%} interval of the paired difference in loss to the full cache. Methods "
-        "of equal bytes are drawn side by side." + (" ↑: above the axis." if max(row["perplexity"] for row in data) > top else "")
-    )  # fmt: skip
+        f"{about(results[0], protocol)}. Bars: {CONFIDENCE:.0%} interval of the paired difference in loss to the full cache. "
+        "Methods of equal bytes are drawn side by side."
+    )
+    details += " ↑: above the axis." if any(row["perplexity"] > top for row in data) else ""
     figure, ((axis,),) = new_figure(7.6, 5.2, heading, details)
     clipped: list[float] = []
     for family in dict.fromkeys(row["family"] for row in data):
@@ -104,12 +103,8 @@ def pareto_figure(results: Sequence[Result], heading: str, protocol: str = STREA
                           color=style.colour)  # fmt: skip
             clipped.append(at)
     axis.axhline(next(row["perplexity"] for row in data if row["family"] == FULL), color=SOFT, lw=0.8, ls=":")
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="bytes held (% of the full cache, log scale)",
-        ylabel="perplexity (log scale)",
-    )
+    axis.set(xscale="log", xlabel="bytes held (% of the full cache, log scale)")
+    axis.set(yscale="log", ylabel="perplexity (log scale)")
     low, high = axis.get_xlim()
     axis.set_xticks(ticks := [share for share in SHARES if low <= share <= high], [f"{share:g}" for share in ticks])
     axis.set_ylim(top=top * 1.01)
