@@ -13,7 +13,6 @@ from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
 from kvcompress.evaluation.benchmark_params import HEAD_AWARE, METHODS, BenchmarkParams
 from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
 from kvcompress.models.load import load_model
-from kvcompress.reporting.benchmark import metrics, show
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
 from stages.model_run import chosen_model, model_params
@@ -67,9 +66,14 @@ def main(
     result = benchmark_result(model, tokenizer, record.id, texts, entrants, settings, growing)
     if output:
         write_json(output, result)
+    else:
+        from kvcompress.reporting.benchmark import show
+
+        show(result, Console())
     if metrics_file:
+        from kvcompress.reporting.benchmark import metrics
+
         write_json(metrics_file, metrics([result]))
-    show(result, Console())
 
 
 if __name__ == "__main__":

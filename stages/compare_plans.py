@@ -13,7 +13,6 @@ from kvcompress.evaluation.contenders import plan_contenders
 from kvcompress.evaluation.params import ComparePlansParams
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.reporting.comparison import metrics, report
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.model_run import chosen_model, model_params, share_documents
@@ -52,15 +51,19 @@ def main(
     result = compare(model, tokenizer, record.id, texts, contenders, settings)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
-    text = report([result])
     if output:
         write_json(output, result)
     else:
+        from kvcompress.reporting.comparison import report
+
+        text = report([result])
         write_json(output_dir / "plan_comparison.json", [result])
         write_text(output_dir / "plan_comparison.md", text)
+        print(text)
     if metrics_file:
-        write_json(metrics_file, metrics(result["rows"]))
-    print(text)
+        from kvcompress.reporting.comparison import metrics
+
+        write_json(metrics_file, metrics([result]))
 
 
 if __name__ == "__main__":

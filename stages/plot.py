@@ -61,22 +61,24 @@ def plot_analysis(folder: Path, params: Path, data: Path, classes_path: Path, dp
 
 def plot_comparison(folder: Path, name: str, results: Sequence[dict[str, Any]], dpi: int) -> None:
     """Write report, metrics, plot data and figures of an ablation or of a comparison of plans."""
-    from kvcompress.reporting.comparison import metrics, pareto_data, report, retrieval_data, rows_of
-    from kvcompress.reporting.figures import comparison_figures, save_png
+    from kvcompress.core.figure_style import save_png
+    from kvcompress.reporting.comparison import all_rows, metrics, pareto_data, report, retrieval_data
+    from kvcompress.reporting.figures import comparison_figures
 
-    rows = rows_of(results)
     write_text(folder / f"{name}.md", report(results, name.replace("_", " ").capitalize()))
-    write_json(folder / "metrics.json", metrics(rows))
-    write_json(folder / "plots/pareto.json", pareto_data(rows))
-    write_json(folder / "plots/retrieval.json", retrieval_data(rows))
+    write_json(folder / "metrics.json", metrics(results))
+    for protocol, rows in all_rows(results).items():
+        write_json(folder / f"plots/{protocol}.json", pareto_data(rows))
+    write_json(folder / "plots/retrieval.json", retrieval_data(results))
     for key, figure in comparison_figures(results, HEADINGS[name]).items():
         save_png(figure, folder / f"figures/{key}.png", dpi)
 
 
 def plot_benchmark(folder: Path, results: Sequence[dict[str, Any]], dpi: int) -> None:
     """Write report, metrics, plot data and figures of a benchmark."""
+    from kvcompress.core.figure_style import save_png
     from kvcompress.reporting.benchmark import growth_data, method_data, metrics, report
-    from kvcompress.reporting.figures import growth_figure, save_png
+    from kvcompress.reporting.figures import growth_figure
 
     write_text(folder / "benchmark.md", report(results))
     write_json(folder / "metrics.json", metrics(results))

@@ -71,7 +71,7 @@ def test_rows_are_complete(rows: list[dict[str, Any]]) -> None:
 def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:
     change = {"mean": (low + high) / 2, "low": low, "high": high}
     rival = {"name": "uniform", "bytes": nbytes, "perplexity": 10.0, "nll_over_rival": change}
-    return {"name": "mine", "share": 0.25, "perplexity": 9.0, "rival": rival}
+    return {"name": "mine", "family": "priced", "share": 0.25, "perplexity": 9.0, "rival": rival}
 
 
 def test_conclusions_say_which_of_two_wins() -> None:
@@ -88,4 +88,4 @@ def test_report_and_metrics(rows: list[dict[str, Any]]) -> None:
     text = report([result])
     assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 2
     assert text.count("ΔNLL") >= 9
-    assert set(metrics(rows)) == {row["name"] for row in rows}
+    assert set(metrics([result])) == {row["name"] for row in rows}

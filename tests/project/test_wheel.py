@@ -15,8 +15,6 @@ TYPES_AND_DATA = {
     "py.typed",
     "reporting/page.css",
     "reporting/page.js",
-    "methods/__init__.pyi",
-    "planning/__init__.pyi",
 }
 BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
 

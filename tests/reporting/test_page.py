@@ -88,27 +88,38 @@ def test_what_is_said_of_a_head_is_what_the_files_say(page: str) -> None:
 def test_conclusions_are_those_of_the_reports(page: str) -> None:
     said = [unescape(one) for one in re.findall(r'<span class="conclusion">(.*?)</span>', page)]
     results = comparison("maker/made-up") + ablation("maker/made-up")
-    sentences = [sentence for one in results for row in one["rows"] if (sentence := conclusion(row))]
+    rows = [row for one in results for row in [*one["rows"], *one.get("continuation", [])]]
+    sentences = [sentence for row in rows if (sentence := conclusion(row))]
     assert sorted(said) == sorted(sentences)
     assert all(sentence in report(results) for sentence in said)
-    shown = [unescape(one) for one in re.findall(r'<span class="conclusion">(.*?)</span>', page.split("<details>")[0])]
+    shown = [
+        unescape(one)
+        for one in re.findall(r'<span class="conclusion">(.*?)</span>', page.split("comparisons at equal bytes")[0])
+    ]
     assert shown == [one for one in said if one.startswith("class table loses to the uniform cache of its bytes: ")]
     assert len(shown) == 1
     assert page.count('class="badge loses"') == 2
 
 
 def test_the_first_table_compares_own_plans_with_their_rivals(page: str) -> None:
-    body = page.split('id="summary"')[1].split("<tbody>")[1].split("</tbody>")[0]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in body.split("</tr>")[:-1]]
+    after, published, streamed = (
+        part.split("</tbody>")[0] for part in page.split('id="summary"')[1].split("<tbody>")[1:4]
+    )
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in streamed.split("</tr>")[:-1]]
     assert [row[0] for row in rows] == ["full cache", "priced-50", "priced-25"]
     assert [re.sub("<.*?>", "", row[2]) for row in rows] == ["", "= even", "▲ wins"]
     assert rows[2][1] == "25.0%"
     assert rows[2][3:5] == ["19.00", "20.00"]
+    assert [re.findall(r"<th[^>]*>(.*?)</th>", line)[0] for line in after.split("</tr>")[:-1]] == [
+        "full cache", "select-25", "SnapKV, even budget, 25%",
+    ]  # fmt: skip
+    assert "<td>SnapKV, even budget, 25%</td><td>wins</td><td>17.50</td><td>17.80</td>" in published
 
 
 def test_figures_are_inline_in_the_colours_of_the_page(page: str) -> None:
     figures = dict(re.findall(r'<svg class="chart" data-name="([\w-]+)"(.*?)</svg>', page, re.DOTALL))
-    assert set(figures) == {"plans-pareto", "ablation-pareto", "plans-retrieval", "ablation-retrieval", "growth0"}
+    names = {"plans-pareto", "plans-pareto_continuation", "ablation-pareto", "plans-retrieval", "ablation-retrieval"}
+    assert set(figures) == names | {"growth0"}
     for name, drawn in figures.items():
         assert "var(--ink)" in drawn, name
         assert "<style" not in drawn, name  # its rules would hold for the whole page

@@ -11,7 +11,7 @@ import yaml
 from kvcompress.analysis.visualize import save_plot_data
 from kvcompress.core.artifacts import read_json, write_json
 from kvcompress.reporting.benchmark import growth_data, method_data
-from kvcompress.reporting.comparison import pareto_data, retrieval_data
+from kvcompress.reporting.comparison import all_rows, pareto_data, retrieval_data
 from tests.project.project import ROOT, run
 from tests.reporting.chromium import needs_browser, show
 from tests.reporting.page_files import HEADS, LAYERS, classified, head, made_page, write_files
@@ -82,9 +82,10 @@ def project(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_plot_data(plots, [head(*place) for place in places], [classified(*place) for place in places])
     shutil.copytree(folder / "reports/prices", reports / "prices")
     for name in ("ablation", "plan_comparison"):
-        rows = read_json(folder / f"reports/{name}/{name}.json")[0]["rows"]
-        write_json(reports / name / "plots/pareto.json", pareto_data(rows))
-        write_json(reports / name / "plots/retrieval.json", retrieval_data(rows))
+        results = read_json(folder / f"reports/{name}/{name}.json")
+        for protocol, rows in all_rows(results).items():
+            write_json(reports / name / f"plots/{protocol}.json", pareto_data(rows))
+        write_json(reports / name / "plots/retrieval.json", retrieval_data(results))
     timed = read_json(folder / "reports/benchmark/benchmark.json")
     timed[0]["growth"] += [row | {"contender": "uniform 25%"} for row in timed[0]["growth"][:2]]
     write_json(reports / "benchmark/plots/growth.json", growth_data(timed))
@@ -103,8 +104,9 @@ OWN = {  # plot -> marks of one revision, by kind
     "prices of heads": {"rect": 6},
     "facts that heads carry": {"rect": 6},
     "quality against bytes": {"symbol": 4, "rule": 4, "line": 3},
-    "plans against bytes": {"symbol": 6, "rule": 6, "line": 4},
-    "facts found by plans": {"rect": 12},
+    "plans after a prefill": {"symbol": 4, "rule": 4, "line": 4},
+    "plans on a stream": {"symbol": 6, "rule": 6, "line": 4},
+    "facts found by plans": {"rect": 18},
 }
 
 
@@ -119,7 +121,7 @@ def marks(dom: str, plot: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for kind, inside in re.findall(r'<g class="mark-(\w+) role-mark [^"]*marks"[^>]*>(.*?)</g>', part, re.DOTALL):
         found[kind] = found.get(kind, 0) + inside.count("<path") + inside.count("<line")
-    return found
+    return {kind: count for kind, count in found.items() if count}
 
 
 @pytest.mark.parametrize(("command", "revisions"), [("show", 1), ("diff", 2)])
@@ -133,6 +135,6 @@ def test_dvc_plots_draws_every_plot_without_a_network(
         assert marks(shown.dom, plot) == {kind: count * revisions for kind, count in expected.items()}, plot
     for plot in set(PLOTS) - set(OWN):
         assert sum(marks(shown.dom, plot).values()) > 0, plot
-    methods = [unescape(one) for one in re.findall(r">([^<>]*)</text>", part_of(shown.dom, "plans against bytes"))]
+    methods = [unescape(one) for one in re.findall(r">([^<>]*)</text>", part_of(shown.dom, "plans on a stream"))]
     legend = [one for one in methods if one in ("priced", "full cache", "sink + window (StreamingLLM)", "random heads")]
     assert legend == ["priced", "full cache", "sink + window (StreamingLLM)", "random heads"]

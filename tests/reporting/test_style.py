@@ -1,10 +1,11 @@
 """One look a method: every method has one, no two are alike, and reports use the papers' names."""
 
+from kvcompress.core.figure_style import INK
 from kvcompress.evaluation.benchmark_params import METHODS as BENCHMARKED
 from kvcompress.planning.policies import POLICIES
 from kvcompress.reporting.comparison import ceiling, pareto_data, title
 from kvcompress.reporting.figures import family_of, looks
-from kvcompress.reporting.style import ALIASES, INK, METHODS, OWN, in_order, look
+from kvcompress.reporting.style import METHODS, OWN, in_order, key_of, look
 from kvcompress.scores.registry import SCORES
 from tests.reporting.page_files import comparison, row
 
@@ -20,18 +21,13 @@ def test_no_two_methods_look_alike() -> None:
 
 
 def test_every_method_that_can_appear_has_a_look() -> None:
-    families = [
-        *COMPARED,
-        *POLICIES,
-        *BENCHMARKED,
-        *(f"{kind} {score}" for kind in ("select", "adaptive") for score in SCORES),
-    ]
+    families = [*COMPARED, *POLICIES, *BENCHMARKED, *SCORES, *(f"select {score}" for score in SCORES), "ada_kv"]
     for family in families:
-        assert ALIASES.get(family, family) in METHODS, family
+        assert key_of(family) in METHODS, family
 
 
 def test_an_unknown_method_has_a_look_of_its_own_that_stays() -> None:
-    names = [f"select snapkv, window {size}" for size in range(16, 256, 16)] + ["a", "b"]
+    names = [f"snapkv, window {size}" for size in range(16, 256, 16)] + ["a", "b"]
     found = {look(name) for name in names} | set(METHODS.values())
     assert len({(style.colour, style.marker) for style in found}) == len(names) + len(METHODS)
     assert look("a") == look("a")
@@ -46,7 +42,7 @@ def test_own_policies_lead_every_legend() -> None:
 
 def test_rivals_are_called_by_their_paper() -> None:
     assert title(row("select snapkv 25.00%", "select snapkv", 0.25, 20.0)) == "SnapKV, even budget, 25.00%"
-    assert title(row("adaptive snapkv 25.00%", "adaptive snapkv", 0.25, 20.0)) == "Ada-KV, SnapKV, 25.00%"
+    assert title(row("ada_kv 25%", "ada_kv", 0.25, 20.0)) == "Ada-KV with SnapKV, 25%"
     assert title(row("uniform = priced-25", "uniform sink + window", 0.25, 20.0)) == "uniform, bytes of priced-25"
     assert title(row("priced-25", "priced", 0.25, 20.0)) == "priced-25"
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.params import ThresholdParams
-from kvcompress.core.artifacts import atomic_path, write_json
+from kvcompress.core.artifacts import write_json
+from kvcompress.core.figure_style import INK, SETTINGS, SOFT, save_png, set_title
 from kvcompress.core.head_classes import CLASS_LABELS, CLASS_STYLE, HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
 
@@ -35,13 +36,26 @@ def by_class(statistics: Heads, classes: Sequence[HeadClassification]) -> HeadsB
 
 
 def titled(info: ModelInfo, width: float, height: float, rows: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
-    """Make a figure of `rows` panels (width and height in inches) whose title names model and text."""
+    """Make a figure of `rows` panels (width and height in inches) whose title names model, heads and text."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    amount = f"{info.documents} documents, up to {info.max_tokens} tokens each" if info.documents else ""
-    origin = ", ".join(part for part in (Path(info.model_id or "").name, amount) if part)
-    figure.suptitle(f"{title}\n{origin}" if origin else title, fontsize=11)
+    heads = f"n = {info.num_layers * info.num_heads:,} heads"
+    amount = (
+        f"{info.documents} documents of up to {info.max_tokens:,} tokens" if info.documents and info.max_tokens else ""
+    )
+    set_title(figure, title, ", ".join(part for part in (Path(info.model_id or "").name, heads, amount) if part))
     return figure, list(axes)
+
+
+def threshold_line(axis: Axes, value: float, across: bool = False) -> None:
+    """Draw a threshold as a dashed line with its value; `across` draws it horizontally."""
+    (axis.axhline if across else axis.axvline)(value, ls="--", lw=1, color=SOFT, zorder=0)
+    place, coordinates = ((1, value), ("axes fraction", "data")) if across else ((value, 1), ("data", "axes fraction"))
+    shift, side = ((-2, 3), "right") if across else ((4, -9), "left")
+    axis.annotate(
+        f"threshold {value:g}", place, shift, xycoords=coordinates, textcoords="offset points", fontsize=8, color=SOFT,
+        ha=side,
+    )  # fmt: skip
 
 
 def layer_by_head(info: ModelInfo, statistics: Heads, value: Callable[[HeadStatistics], float]) -> np.ndarray:
@@ -65,9 +79,7 @@ def entropy_heatmap(info: ModelInfo, statistics: Heads) -> Figure:
         info, max(6.0, 0.28 * info.num_layers), 1 + tall * len(panels), len(panels), "Attention entropy"
     )
     for axis, (label, value, top) in zip(axes, panels, strict=True):
-        image = axis.imshow(
-            layer_by_head(info, statistics, value), cmap="cividis", aspect="auto", origin="lower", vmin=0, vmax=top
-        )
+        image = axis.imshow(layer_by_head(info, statistics, value), cmap="cividis", aspect="auto", vmin=0, vmax=top)
         figure.colorbar(image, ax=axis, label=label, pad=0.01)
         axis.set(xlabel="layer", ylabel="query head")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -77,7 +89,7 @@ def entropy_heatmap(info: ModelInfo, statistics: Heads) -> Figure:
 
 def position_preference(info: ModelInfo, statistics: Heads) -> Figure:
     """Draw the regions of attention by layer: sinks, local window and the rest add up to 1; `recent` overlaps them."""
-    figure, (axis,) = titled(info, 8, 4, title="Where attention goes, by layer (mean over heads)")
+    figure, (axis,) = titled(info, 8, 4, title="Regions of attention by layer (bars: mean over the heads of a layer)")
     layers = np.arange(info.num_layers)
     means = {region: np.zeros(info.num_layers) for region in ("sink", "local", "global", "recent")}
     for head in statistics:
@@ -92,9 +104,17 @@ def position_preference(info: ModelInfo, statistics: Heads) -> Figure:
     for region, colour in REGION_COLOURS.items():
         axis.bar(layers, means[region], 0.85, bottom=bottom, color=colour, label=names[region])
         bottom += means[region]
-    axis.plot(layers, means["recent"], "k.-", lw=1, ms=5, label=f"recent (last {info.recent_ratio:.0%}, overlapping)")
+    axis.plot(
+        layers,
+        means["recent"],
+        ".-",
+        color=INK,
+        lw=1,
+        ms=5,
+        label=f"recent (last {info.recent_ratio:.0%}, overlapping)",
+    )
     axis.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), xlim=(-0.6, info.num_layers - 0.4))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -109,19 +129,15 @@ def sink_ratio_analysis(info: ModelInfo, groups: HeadsByClass, threshold: float)
         )
     statistics = [head for heads in groups.values() for head in heads]
     means = np.nanmean(layer_by_head(info, statistics, lambda head: head.sink_ratio), axis=0)
-    by_layer.plot(means, "-", color="0.35", lw=1.2, label="layer mean", zorder=0)
-    by_layer.axhline(threshold, ls="--", lw=1, color="0.5")
+    by_layer.plot(means, "-", color=SOFT, lw=1.2, label="layer mean", zorder=0)
+    threshold_line(by_layer, threshold, across=True)
     by_layer.set(xlabel="layer (heads side by side)", ylabel="sink ratio", ylim=(-0.02, 1.02))
     ratios = [[head.sink_ratio for head in heads] for heads in groups.values()]
     colours = [CLASS_STYLE[kind][0] for kind in groups]
     counts.hist(ratios, bins=list(np.linspace(0, 1, 41)), stacked=True, color=colours)
-    counts.axvline(threshold, ls="--", lw=1, color="0.5")
-    counts.annotate(
-        f"threshold {threshold:g}", (threshold, 1), (4, -10), xycoords=("data", "axes fraction"),
-        textcoords="offset points", fontsize=8, color="0.35",
-    )  # fmt: skip
+    threshold_line(counts, threshold)
     counts.set(xlabel="sink ratio (share of attention)", ylabel="heads", xlim=(0, 1))
-    figure.legend(*by_layer.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*by_layer.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -143,14 +159,14 @@ def relative_position_by_type(info: ModelInfo, groups: HeadsByClass) -> Figure:
         places = [*range(near_count), *((edges[i] * edges[i + 1]) ** 0.5 for i in range(len(middle) - near_count))]
         x = 1 + np.array(places)
         colour, marker = CLASS_STYLE[kind]
-        every = [*range(0, 8), 11, 15, 23, 31, 47, 63, *range(64, len(x))]
+        every = [i for i in (*range(8), 11, 15, 23, 31, 47, *range(63, len(x))) if i < len(x)]
         label = f"{CLASS_LABELS[kind]} ({len(profiles)})"
         axis.plot(x, middle, color=colour, marker=marker, markevery=every, ms=4, lw=1.4, label=label)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axis.set(xscale="log", yscale="log", xlabel="distance + 1 (tokens; 1 is the query's own key)")
     axis.set(ylabel="attention per key (mean over queries)", ylim=(1e-6, 1.5))
-    axis.grid(alpha=0.25, lw=0.5)
-    axis.legend(fontsize=8, frameon=False, title="median, quartiles (heads)", title_fontsize=8)
+    axis.grid(visible=True)
+    axis.legend(title="lines: median of heads\nshades: quartiles\n(number of heads)", title_fontsize=8)
     return figure
 
 
@@ -164,19 +180,24 @@ def sink_vs_local_scatter(
         x, y = [head.sink_ratio for head in points], [head.local_ratio for head in points]
         label = f"{CLASS_LABELS[kind]} ({len(points)})"
         axis.scatter(x, y, s=24, c=colour, marker=marker, alpha=0.75, lw=0.3, edgecolors="white", label=label)
-    axis.axvline(sink_threshold, ls="--", lw=1, color="0.5")
-    axis.axhline(local_threshold, ls="--", lw=1, color="0.5")
-    axis.fill_between([0, 1], [1, 0], [1, 1], color="0.93", lw=0, zorder=0)
-    axis.text(0.72, 0.72, "sink + local > 1\nimpossible", ha="center", va="center", fontsize=8, color="0.5")
+    threshold_line(axis, sink_threshold)
+    threshold_line(axis, local_threshold, across=True)
+    axis.fill_between([0, 1], [1, 0], [1, 1], color="0.93", lw=0, zorder=-1)
+    axis.text(0.72, 0.72, "sink + local > 1\nimpossible", ha="center", va="center", fontsize=8, color=SOFT)
     axis.set(xlabel=f"sink ratio (share of attention on the first {info.sink_size} keys)", xlim=(-0.02, 1.02))
     axis.set(ylabel=f"local ratio (share on the last {info.local_window} keys, no sinks)", ylim=(-0.02, 1.02))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 def entropy_by_type(info: ModelInfo, groups: HeadsByClass, low: float, high: float) -> Figure:
     """Draw the entropy of each class's heads: quartiles and every head; dashed lines are the thresholds."""
-    figure, (axis,) = titled(info, 7.5, 1.6 + 0.6 * len(groups), title="Entropy by class")
+    figure, (axis,) = titled(
+        info,
+        7.5,
+        1.6 + 0.6 * len(groups),
+        title="Entropy by class (boxes: quartiles, whiskers: up to 1.5 box widths, points: heads)",
+    )
     rows = [{"class": CLASS_LABELS[kind], "entropy": h.mean_entropy} for kind, heads in groups.items() for h in heads]
     table = pd.DataFrame(rows)
     order = [CLASS_LABELS[kind] for kind in groups]
@@ -186,7 +207,7 @@ def entropy_by_type(info: ModelInfo, groups: HeadsByClass, low: float, high: flo
     np.random.seed(0)  # seaborn's jitter draws from the global generator
     sns.stripplot(**common, palette=palette, size=3, alpha=0.7, jitter=0.22)
     for value in (low, high):
-        axis.axvline(value, ls="--", lw=1, color="0.5", zorder=0)
+        threshold_line(axis, value)
     counts = table["class"].value_counts()
     axis.set_yticks(range(len(order)), [f"{name} ({counts[name]})" for name in order])
     axis.set(xlabel="mean attention entropy (nats)", ylabel="", xlim=(0, None))
@@ -203,7 +224,7 @@ def save_figures(
 ) -> list[Path]:
     """Draw all figures into `folder` as PNG and return their paths. `bounds` appear as dashed lines."""
     groups, paths = by_class(statistics, classes), []
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context({**SETTINGS, "axes.grid": False}):
         figures = {
             "entropy_heatmap": entropy_heatmap(info, statistics),
             "position_preference": position_preference(info, statistics),
@@ -214,8 +235,7 @@ def save_figures(
         }
         for name, figure in figures.items():
             path = Path(folder, f"{name}.png")
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+            save_png(figure, path, dpi)
             paths.append(path)
     return paths
 

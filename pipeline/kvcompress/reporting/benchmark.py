@@ -119,7 +119,7 @@ def method_data(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 def growth_data(results: Sequence[Row]) -> list[dict[str, Any]]:
     """Return one row for each context, one column a cache: median milliseconds of a step at the smallest batch."""
-    growth = next((result["growth"] for result in results if result["growth"]), [])
+    growth: Sequence[Row] = next((result["growth"] for result in results if result["growth"]), [])
     found: dict[int, dict[str, Any]] = {}
     for row in growth:
         if row["batch"] == min(one["batch"] for one in growth):

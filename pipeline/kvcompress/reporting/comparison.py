@@ -1,7 +1,8 @@
 """Comparisons of methods at equal bytes (stages `ablate` and `compare_plans`): Markdown report, plot data, metrics.
 
-A result is `{"model", "texts", "environment", "settings", "rows"}`, one row a contender. ΔNLL is a difference in loss, in
-nats a token. `rival` in a row names the cache of the same bytes that the row is compared with.
+A result is `{"model", "texts", "environment", "settings", "rows"}`, one row a contender, read as a stream; rows of the
+protocol "continuation" (an exact prefill, compressed once, then the rest of the document) are in a field of that name. ΔNLL is
+a difference in loss, in nats a token. `rival` in a row names the cache of the same bytes that the row is compared with.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +12,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kvcompress.evaluation.intervals import CONFIDENCE
-from kvcompress.reporting.style import FULL, OWN, UNIFORM, in_order, is_published, look
+from kvcompress.reporting.style import FULL, OWN, PUBLISHED, UNIFORM, in_order, key_of, look
 from kvcompress.reporting.tables import Row, cells, change, counted, listed, markdown, number
 
+STREAMING, CONTINUATION = "streaming", "continuation"
+PROTOCOLS = {CONTINUATION: "continuation", STREAMING: "rows"}  # protocol -> field of a result
 Outcome = Literal["wins", "loses", "even", "not comparable"]
 Result = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -22,9 +25,15 @@ HEADROOM = 1.2  # height of a figure over that of its core, as a power
 EQUAL_BYTES = 0.01  # relative difference up to which bytes count as equal
 
 
-def rows_of(results: Iterable[Result]) -> list[Row]:
-    """Return the contenders of several results, each once."""
-    return list({row["name"]: row for result in results for row in result["rows"]}.values())
+def rows_of(results: Iterable[Result], protocol: str = STREAMING) -> list[Row]:
+    """Return the contenders of several results in one protocol, each once."""
+    return list({row["name"]: row for result in results for row in result.get(PROTOCOLS[protocol], [])}.values())
+
+
+def all_rows(results: Sequence[Result]) -> dict[str, list[Row]]:
+    """Return the rows of every protocol that the results have; the continuation, which has all contenders, comes first."""
+    found = {protocol: rows_of(results, protocol) for protocol in PROTOCOLS}
+    return {protocol: rows for protocol, rows in found.items() if rows}
 
 
 def by_size(rows: Iterable[Row]) -> list[Row]:
@@ -43,9 +52,10 @@ def title(row: Row) -> str:
     """Name a contender for readers: published methods by their paper, plans by their file."""
     name, family = str(row["name"]), str(row["family"])
     if name.startswith("uniform = "):
-        return f"uniform, bytes of {name.removeprefix('uniform = ')}"
+        size = name.removeprefix("uniform = ")
+        return f"uniform, {size if size.endswith('%') else f'bytes of {size}'}"
     known = look(family).label
-    if name.startswith(family) and is_published(family):
+    if name.startswith(family) and key_of(family) in PUBLISHED:
         rest = name.removeprefix(family).strip()
         return f"{known}, {rest}" if rest else known
     return name
@@ -82,29 +92,38 @@ def conclusion(row: Row) -> str | None:
     return f"{mine} {'wins against' if found == 'wins' else 'loses to'} {other}: {numbers}."
 
 
-def origin(result: Result) -> str:
+def origin(result: Result, protocol: str = STREAMING) -> str:
     """Describe model, machine, texts and protocol of a result."""
     where, settings = result["environment"], result["settings"]
-    read = "in full and compressed before the question" if settings["retrieval_prefill"] == "exact" else "as a stream"
+    facts = "in full and compressed before the question" if settings["retrieval_prefill"] == "exact" else "as a stream"
+    if protocol == CONTINUATION:
+        read = (
+            f"The first {settings['context']:,} tokens of a document are read in one exact prefill and compressed once; the "
+            "rest is scored"
+        )
+    else:
+        read = (
+            f"Documents stream through the compressed cache in chunks of {settings['chunk_size']:,} tokens (methods that "
+            f"rank keys themselves: {settings.get('rank_every', settings['chunk_size']):,} tokens)"
+        )
     return (
         f"{result['model']} on {where['device']}, {where['dtype']}, torch {where['torch']}, transformers "
         f"{where['transformers']}. Text: {counted(settings['documents_per_text'], 'document')} of "
-        f"{settings['max_tokens']:,} tokens from each of {listed(result['texts'])}, none of it used to make plans. "
-        f"Documents stream through the compressed cache in chunks of {settings['chunk_size']:,} tokens (methods that rank "
-        f"keys themselves: {settings.get('rank_every', settings['chunk_size']):,} tokens). Facts: contexts of "
-        f"{listed(settings['retrieval_lengths'])} tokens, read {read}; exact answers count, with Wilson intervals. "
-        f"ΔNLL: difference in loss, nats a token, by paired bootstrap over blocks of text. Intervals are of {CONFIDENCE:.0%}. "
-        "A name like 4 + 60 means 4 sinks and a window of 60 tokens in every head."
+        f"{settings['max_tokens']:,} tokens from each of {listed(result['texts'])}, none of it used to make plans. {read}. "
+        f"Facts: contexts of {listed(settings['retrieval_lengths'])} tokens, read {facts}; exact answers count, with Wilson "
+        f"intervals. ΔNLL: difference in loss, nats a token, by paired bootstrap over blocks of text. Intervals are of "
+        f"{CONFIDENCE:.0%}. A name like 4 + 60 means 4 sinks and a window of 60 tokens in every head."
     )
 
 
-def about(result: Result) -> str:
+def about(result: Result, protocol: str) -> str:
     """Name model, machine and number of tokens for the title of a figure."""
-    where, row, settings = result["environment"], result["rows"][0], result["settings"]
-    documents = settings["documents_per_text"] * len(result["texts"])
+    where, settings, (row, *_) = result["environment"], result["settings"], result[PROTOCOLS[protocol]]
+    documents = counted(settings["documents_per_text"] * len(result["texts"]), "document")
+    read = f"after an exact prefill of {settings['context']:,}" if protocol == CONTINUATION else "read as a stream"
     return (
-        f"{result['model']} on {where['device']}, {where['dtype']}; n = {row['tokens']:,} tokens in "
-        f"{counted(documents, 'document')} of {settings['max_tokens']:,}"
+        f"{result['model']} on {where['device']}, {where['dtype']}; n = {row['tokens']:,} tokens in {documents} of "
+        f"{settings['max_tokens']:,}, {read}"
     )
 
 
@@ -119,19 +138,15 @@ def facts_cells(row: Row) -> list[str]:
 
 
 def table(rows: Rows) -> str:
-    """Return the table of all contenders. Columns that no row has are left out."""
+    """Return the table of all contenders."""
     first = rows[0]
     columns: dict[str, Any] = {"contender": title, "bytes": lambda row: f"{row['share']:.1%}"}
-    if "mean_share" in first:
-        columns["bytes, mean"] = lambda row: f"{row['mean_share']:.1%}"
-    for name, key in (("mean MB", "nbytes_mean"), ("peak MB", "nbytes_peak")):
-        if key in first:
-            columns[name] = lambda row, key=key: number(row[key], 2, 1e6)
+    columns |= {"mean MB": lambda row: number(row["nbytes_mean"], 2, 1e6)}
+    columns |= {"peak MB": lambda row: number(row["nbytes_peak"], 2, 1e6)}
     columns["perplexity"] = lambda row: number(row["perplexity"], 2)
     for text in first["texts"]:
         columns[text] = lambda row, text=text: number(row["texts"][text]["perplexity"], 2)
-    if "accuracy" in first:
-        columns |= {"accuracy": lambda row: f"{row['accuracy']:.1%}", "KL": lambda row: f"{row['kl']:.4f}"}
+    columns |= {"accuracy": lambda row: f"{row['accuracy']:.1%}", "KL": lambda row: f"{row['kl']:.4f}"}
     columns[f"ΔNLL to full ({CONFIDENCE:.0%})"] = lambda row: change(row["nll_over_full"], 4)
     for task in first["retrieval"]:
         columns[task] = lambda row, task=task: share_cell(row["retrieval"][task])
@@ -178,18 +193,38 @@ def beyond_table(beyond: Mapping[str, Any]) -> str:
     )
 
 
+def against(rows: Rows) -> list[list[str]]:
+    """Compare policies of this project with published methods of the same bytes, by the interval of ΔNLL."""
+    by_name, lines = {row["name"]: row for row in rows}, []
+    for row in by_method(row for row in rows if key_of(row["family"]) in OWN):
+        for name, difference in row.get("nll_over", {}).items():
+            other = by_name[name]
+            if key_of(other["family"]) in PUBLISHED:
+                result = "loses" if difference["low"] > 0 else "wins" if difference["high"] < 0 else "even"
+                perplexities = [number(one["perplexity"], 2) for one in (row, other)]
+                facts = [" · ".join(facts_cells(one)) for one in (row, other)]
+                lines.append([title(row), title(other), result, *perplexities, change(difference, 4), *facts])
+    return lines
+
+
+AGAINST = ("policy", "published method", "outcome", "perplexity", "its perplexity", "ΔNLL", "facts", "its facts")
+
+
 def report(results: Sequence[Result], heading: str = "Ablation") -> str:
     """Return all results as one Markdown page."""
     blocks = [f"# {heading}"]
     for result in results:
-        rows = result["rows"]
-        parts = dict.fromkeys(row.get("ablation", "all") for row in rows)
-        blocks += [f"## {', '.join(part for part in parts if part != 'all') or 'all'}", origin(result), table(rows)]
-        if rows[-1].get("ablation") == "plans":
-            blocks.append(plan_table(rows))
-        sentences = [f"- {sentence}" for row in rows if (sentence := conclusion(row))]
-        if sentences:
-            blocks += ["At equal bytes:", "\n".join(sentences)]
+        for protocol, rows in all_rows([result]).items():
+            parts = dict.fromkeys(row.get("ablation", "all") for row in rows)
+            name = ", ".join(part for part in parts if part != "all") or "all"
+            after = " after an exact prefill" if protocol == CONTINUATION else ""
+            blocks += [f"## {name}{after}", origin(result, protocol), table(rows)]
+            if rows[-1].get("ablation") == "plans":
+                blocks.append(plan_table(rows))
+            if lines := against(rows):
+                blocks += ["Published methods of the same bytes:", markdown(AGAINST, lines)]
+            if sentences := [f"- {sentence}" for row in rows if (sentence := conclusion(row))]:
+                blocks += ["At equal bytes:", "\n".join(sentences)]
         if "beyond" in result:
             blocks.append(beyond_table(result["beyond"]))
     return "\n\n".join(blocks) + "\n"
@@ -217,7 +252,7 @@ def pareto_data(rows: Rows) -> list[dict[str, Any]]:
     for row in sorted(rows, key=lambda row: (families.index(row["family"]), row["share"])):
         style, difference = look(row["family"]), row["nll_over_full"]
         point = {"method": style.label, "name": title(row), "family": row["family"], "perplexity": row["perplexity"]}
-        point |= {"share": row.get("mean_share", row["share"])}
+        point |= {"share": row["share"]}
         point |= {end: round(full * exp(difference[end]), 4) for end in ("low", "high")}
         point |= {"key": f"{families.index(row['family']):02d} {style.label}", "colour": style.colour}
         found.append(point | {"series": style.label if style.line else row["name"]})
@@ -225,22 +260,31 @@ def pareto_data(rows: Rows) -> list[dict[str, Any]]:
     return [point | {"ceiling": top} for point in found]
 
 
-def retrieval_data(rows: Rows) -> list[dict[str, Any]]:
+def contenders_of(results: Sequence[Result]) -> list[Row]:
+    """Return every contender once, whatever its protocol: facts found are the same in both."""
+    return by_method({row["name"]: row for rows in all_rows(results).values() for row in rows}.values())
+
+
+def retrieval_data(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return facts found and asked for, one row for each contender, task, length and depth."""
     return [
         {"name": title(row), "task": task, **{key: cell[key] for key in ("length", "depth", "correct", "total")}}
-        for row in by_method(rows)
+        for row in contenders_of(results)
         for task, found in row["retrieval"].items()
         for cell in found["grid"]
     ]
 
 
-def metrics(rows: Rows) -> dict[str, dict[str, float]]:
-    """Return the numbers of each contender that `dvc metrics` compares."""
-    return {
-        row["name"]: {
-            **{key: row[key] for key in ("share", "perplexity", "accuracy", "kl") if key in row},
-            **{task: found["share"] for task, found in row["retrieval"].items()},
+def metrics(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the numbers of each contender that `dvc metrics` compares; those of the continuation are nested."""
+    found = {
+        protocol: {
+            row["name"]: {
+                **{key: row[key] for key in ("share", "perplexity", "accuracy", "kl")},
+                **{task: facts["share"] for task, facts in row["retrieval"].items()},
+            }
+            for row in rows
         }
-        for row in rows
+        for protocol, rows in all_rows(results).items()
     }
+    return found.pop(STREAMING, {}) | found

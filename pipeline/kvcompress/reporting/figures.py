@@ -1,10 +1,8 @@
-"""Figures of comparisons and benchmarks, as byte-stable PNG for reports and as inline SVG for the report page."""
+"""Figures of comparisons and benchmarks, and their form as inline SVG for the report page."""
 
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -13,52 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from kvcompress.core.artifacts import atomic_path
+from kvcompress.core.figure_style import INK, RULE, SETTINGS, SOFT, set_title
 from kvcompress.evaluation.intervals import CONFIDENCE
-from kvcompress.reporting.comparison import Result, Rows, about, by_method, pareto_data, rows_of, title
-from kvcompress.reporting.style import (
-    CACHE_POSITIONS,
-    FULL,
-    INK,
-    RULE,
-    SOFT,
-    STROKES,
-    UNIFORM,
-    WINDOW_ONLY,
-    Look,
-    in_order,
-    look,
+from kvcompress.reporting.comparison import (
+    CONTINUATION,
+    STREAMING,
+    Result,
+    Rows,
+    about,
+    all_rows,
+    contenders_of,
+    pareto_data,
+    title,
 )
+from kvcompress.reporting.style import CACHE_POSITIONS, FULL, STROKES, UNIFORM, WINDOW_ONLY, Look, in_order, look
 
-SETTINGS = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-}
 styled = matplotlib.rc_context(SETTINGS)
 SHARES = (1, 2, 3.125, 6.25, 12.5, 25, 50, 100)  # ticks, in percent
 DODGE = 1.015  # ratio by which neighbouring methods are moved apart
 THEME = {INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)"}
-
-
-def save_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure atomically."""
-    with atomic_path(path) as temporary, matplotlib.rc_context(SETTINGS):
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -67,9 +38,7 @@ def svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    left_out = (
-        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"  # its style is a rule for every element of a page
-    )
+    left_out = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"  # the style would hold for the whole page
     text = re.sub(left_out, "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", text, count=5)
     text = re.sub(r' id="[a-zA-Z0-9.]+_[\d.]+"|xlink:(?=href)', "", text)  # ids of groups repeat from figure to figure
@@ -82,9 +51,9 @@ def svg(figure: Figure, name: str) -> str:
 def new_figure(
     width: float, height: float, heading: str, details: str, rows: int = 1, columns: int = 1
 ) -> tuple[Figure, Any]:
-    """Return a figure and its axes `[row, column]`; the details below its heading say what was measured."""
+    """Return a figure and its axes `[row, column]`."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{heading}\n{fill(details, int(12.4 * width))}", fontsize=10, x=0.01, ha="left", linespacing=1.35)
+    set_title(figure, heading, details)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -107,14 +76,15 @@ def moved_apart(row: Mapping[str, Any], data: Rows) -> float:
 
 
 @styled
-def pareto_figure(results: Sequence[Result], heading: str) -> Figure:
+def pareto_figure(results: Sequence[Result], heading: str, protocol: str = STREAMING) -> Figure:
     """Draw perplexity against bytes, with intervals; clipped points are marked with their value at the upper edge."""
-    data = pareto_data(rows_of(results))
+    data = pareto_data(all_rows(results)[protocol])
     top = data[0]["ceiling"]
     details = (
-        f"{about(results[0])}. Bars: {CONFIDENCE:.0%} interval of the paired difference in loss to the full cache. Methods "
-        "of equal bytes are drawn side by side." + (" ↑: above the axis." if max(row["perplexity"] for row in data) > top else "")
-    )  # fmt: skip
+        f"{about(results[0], protocol)}. Bars: {CONFIDENCE:.0%} interval of the paired difference in loss to the full cache. "
+        "Methods of equal bytes are drawn side by side."
+    )
+    details += " ↑: above the axis." if any(row["perplexity"] > top for row in data) else ""
     figure, ((axis,),) = new_figure(7.6, 5.2, heading, details)
     clipped: list[float] = []
     for family in dict.fromkeys(row["family"] for row in data):
@@ -133,12 +103,8 @@ def pareto_figure(results: Sequence[Result], heading: str) -> Figure:
                           color=style.colour)  # fmt: skip
             clipped.append(at)
     axis.axhline(next(row["perplexity"] for row in data if row["family"] == FULL), color=SOFT, lw=0.8, ls=":")
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="bytes held (% of the full cache, log scale)",
-        ylabel="perplexity (log scale)",
-    )
+    axis.set(xscale="log", xlabel="bytes held (% of the full cache, log scale)")
+    axis.set(yscale="log", ylabel="perplexity (log scale)")
     low, high = axis.get_xlim()
     axis.set_xticks(ticks := [share for share in SHARES if low <= share <= high], [f"{share:g}" for share in ticks])
     axis.set_ylim(top=top * 1.01)
@@ -156,7 +122,7 @@ def pareto_figure(results: Sequence[Result], heading: str) -> Figure:
 @styled
 def retrieval_figure(results: Sequence[Result], heading: str) -> Figure:
     """Draw one panel a task: facts found at every depth, all context lengths together, and in all."""
-    rows = by_method(rows_of(results))
+    rows = contenders_of(results)
     settings, tasks = results[0]["settings"], list(rows[0]["retrieval"])
     depths = sorted({cell["depth"] for cell in rows[0]["retrieval"][tasks[0]]["grid"]})
     asked = rows[0]["retrieval"][tasks[0]]["total"]
@@ -269,9 +235,8 @@ def beyond_figure(result: Result) -> Figure:
 
 def comparison_figures(results: Sequence[Result], heading: str) -> dict[str, Figure]:
     """Return the figures of an ablation or a comparison of plans by their file names."""
-    found = {
-        "pareto": pareto_figure(results, f"{heading}: quality against bytes"),
-        "retrieval": retrieval_figure(results, f"{heading}: facts found after compression"),
-    }
+    name = {CONTINUATION: "pareto_continuation", STREAMING: "pareto"}
+    found = {name[one]: pareto_figure(results, f"{heading}: quality against bytes", one) for one in all_rows(results)}
+    found["retrieval"] = retrieval_figure(results, f"{heading}: facts found after compression")
     beyond = next((result for result in results if "beyond" in result), None)
     return found | ({"beyond_context": beyond_figure(beyond)} if beyond else {})

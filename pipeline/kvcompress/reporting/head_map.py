@@ -13,10 +13,7 @@ from typing import Any, Literal
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
-from kvcompress.core.head_classes import CLASS_LABELS as LABELS
-from kvcompress.core.head_classes import CLASS_LETTERS as LETTERS
-from kvcompress.core.head_classes import CLASS_STYLE as STYLE
-from kvcompress.core.head_classes import HeadClassification, HeadType
+from kvcompress.core.head_classes import CLASS_LABELS, CLASS_LETTERS, CLASS_STYLE, HeadClassification, HeadType
 from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
@@ -118,15 +115,15 @@ def class_map(kinds: Sequence[Sequence[HeadType]], title: str) -> Html:
     cells, letters = [], []
     for i, layer in enumerate(kinds):
         for j, kind in enumerate(layer):
-            colour = STYLE[kind][0]
+            colour = CLASS_STYLE[kind][0]
             cells.append(cell(i, j, STEP, colour))
             place = {"x": LEFT + (i + 0.5) * STEP - 0.5, "y": (j + 0.5) * STEP - 0.5}
-            letters.append(tag("text", LETTERS[kind], **place, fill=ink_on(colour)))
+            letters.append(tag("text", CLASS_LETTERS[kind], **place, fill=ink_on(colour)))
     drawn = joined([*cells, tag("g", letters, class_="letters", aria_hidden="true")])
-    counts = {kind: sum(layer.count(kind) for layer in kinds) for kind in STYLE}
+    counts = {kind: sum(layer.count(kind) for layer in kinds) for kind in CLASS_STYLE}
     keys = [
-        tag("li", tag("b", LETTERS[kind], style=f"background:{STYLE[kind][0]};color:{ink_on(STYLE[kind][0])}"),
-            f" {LABELS[kind]}: {count}")
+        tag("li", tag("b", CLASS_LETTERS[kind], style=f"background:{CLASS_STYLE[kind][0]};color:{ink_on(CLASS_STYLE[kind][0])}"),
+            f" {CLASS_LABELS[kind]}: {count}")
         for kind, count in counts.items()
         if count
     ]  # fmt: skip
@@ -160,7 +157,7 @@ def query_table(statistics: Sequence[HeadStatistics], classes: Sequence[HeadClas
     for head, found in zip(statistics, classes, strict=True):
         window = {-1: "full", 0: "none"}.get(found.recommended_window, str(found.recommended_window))
         induction = "–" if head.induction_score is None else f"{head.induction_score:.3f}"
-        row = [f"{head.layer_idx}.{head.head_idx}", LABELS[found.head_type], window, f"{head.mean_entropy:.2f}"]
+        row = [f"{head.layer_idx}.{head.head_idx}", CLASS_LABELS[found.head_type], window, f"{head.mean_entropy:.2f}"]
         rows.append([*row, f"{head.sink_ratio:.3f}", f"{head.local_ratio:.3f}", induction])
     header = ("head", "class", "window", "entropy", "sink", "local", "induction")
     ids = [f"q{head.layer_idx}-{head.head_idx}" for head in statistics]

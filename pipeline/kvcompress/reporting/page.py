@@ -13,8 +13,13 @@ from kvcompress.core.head_statistics import StatisticsFile
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.reporting import benchmark as speed
 from kvcompress.reporting.comparison import (
+    AGAINST,
+    CONTINUATION,
+    STREAMING,
     Result,
     Rows,
+    against,
+    all_rows,
     by_method,
     by_size,
     conclusion,
@@ -39,7 +44,7 @@ from kvcompress.reporting.head_map import (
     side_by_side,
 )
 from kvcompress.reporting.html import Html, details, joined, scroll, table, tag
-from kvcompress.reporting.style import is_own
+from kvcompress.reporting.style import OWN, PUBLISHED, key_of
 from kvcompress.reporting.tables import Columns, Row, cells, counted
 
 HERE = Path(__file__).parent
@@ -48,6 +53,7 @@ PLANS_SHOWN = "priced"  # policy of the plans whose slots are drawn
 PRICE_FIELDS = {"layer", "kv_head", "price", "facts", "sinks", "window"}
 RESULT_FIELDS = {"model", "environment", "settings", "rows"}
 BADGES = {"wins": "▲ wins", "loses": "▼ loses", "even": "= even", "not comparable": "? not comparable"}
+HEADINGS = {CONTINUATION: "after an exact prefill", STREAMING: "while a document streams in"}
 Content = Sequence[Html | None]
 
 
@@ -129,25 +135,39 @@ def sentences(rows: Iterable[Row]) -> Html:
     return tag("ul", items, class_="conclusions")
 
 
-def summary(plans: Rows, ablation: Rows) -> Content:
-    """Build the table of the project's plans with their uniform rivals, and the conclusions as sentences."""
+def plan_table(plans: Rows, label: str) -> Html:
+    """Build the table of the project's plans and of published methods, with their uniform rivals."""
     by_name, full = {row["name"]: row for row in plans}, plans[0]
     lines = [[title(full), f"{full['share']:.1%}", "", f"{full['perplexity']:.2f}", "", *facts_cells(full), ""]]
-    for row in by_method(row for row in plans if is_own(row["family"]) and "rival" in row):
+    for row in by_method(row for row in plans if key_of(row["family"]) in {*OWN, *PUBLISHED} and "rival" in row):
         rival = by_name[row["rival"]["name"]]
         line = [title(row), f"{row['share']:.1%}", badge(row), f"{row['perplexity']:.2f}", f"{rival['perplexity']:.2f}"]
         lines.append([*line, *facts_cells(row), " · ".join(facts_cells(rival))])
     header = ["plan", "bytes", "against uniform", "perplexity", "uniform's", *full["retrieval"], "uniform's facts"]
-    compared = [row for row in [*plans, *ablation] if "rival" in row]
+    return table(header, lines, label)
+
+
+def summary(inputs: Inputs) -> Content:
+    """Build the tables of plans, one a protocol, and the conclusions as sentences."""
+    protocols = all_rows(inputs.comparison)
+    tables: list[Html] = []
+    for protocol, rows in protocols.items():
+        heading = HEADINGS[protocol]
+        tables += [tag("h3", heading.capitalize()), plan_table(rows, heading)]
+        if lines := against(rows):
+            tables += [
+                details("Against published methods of the same bytes", table(AGAINST, lines, "Published methods"))
+            ]
+    compared = [row for rows in (*protocols.values(), rows_of(inputs.ablation)) for row in rows if "rival" in row]
     first = [row for row in compared if row["name"] == "class table"]
     rest = [row for row in compared if row not in first]
     return [
         paragraph(
-            "Each plan is compared with the uniform cache of its bytes, which has the same sinks and window in all heads. A "
-            "plan wins or loses if the 95% interval of the difference in loss excludes zero. Facts are exact answers to "
-            "questions about something said earlier in a text."
+            "Each plan and each published method is compared with the uniform cache of its bytes, which has the same sinks "
+            "and window in all heads. It wins or loses if the 95% interval of the difference in loss excludes zero. Facts "
+            "are exact answers to questions about something said earlier in a text."
         ),
-        table(header, lines, "Plans against uniform caches"),
+        *tables,
         sentences(first) if first else None,
         details(f"{len(rest)} comparisons at equal bytes, with intervals", sentences(rest)) if rest else None,
     ]
@@ -222,7 +242,7 @@ def heads_priced(inputs: Inputs) -> Content:
         paragraph(
             "Every cell is a KV head. Its price is the expected divergence from the full cache if this head alone keeps "
             f"{prices[0]['sinks']} sinks and a window of {prices[0]['window']}. Facts carried: its part in the answers to "
-            f"questions about distant facts. Slots: what policy `{PLANS_SHOWN}` gives it at each budget, after {context:,} tokens."
+            f"questions about distant facts. Slots: what the policy {PLANS_SHOWN} gives it at each budget, after {context:,} tokens."
         ),
         side_by_side(maps, len(price)),
         price_table(prices, inputs.plans, context),
@@ -267,7 +287,9 @@ def measured(inputs: Inputs) -> Content:
         f"up to {info.max_tokens or 0:,} tokens; revision {info.revision or 'unknown'}; sinks are the first {info.sink_size} "
         f"keys, the local window is the last {info.local_window}."
     )
-    texts = {"Heads": heads, "Plans": origin(inputs.comparison[0]), "Ablation": origin(inputs.ablation[0])}
+    texts = {"Heads": heads}
+    texts |= {f"Plans {HEADINGS[key]}": origin(inputs.comparison[0], key) for key in all_rows(inputs.comparison)}
+    texts |= {"Ablation": origin(inputs.ablation[0])}
     return [
         *(paragraph(tag("strong", f"{name}: "), text) for name, text in texts.items()),
         table(["results", *fields], rows, "Machines and versions"),
@@ -276,7 +298,7 @@ def measured(inputs: Inputs) -> Content:
 
 def sections(inputs: Inputs) -> Mapping[str, tuple[str, Content]]:
     """Return the sections of the page: id -> heading and content."""
-    plans, ablation = rows_of(inputs.comparison), rows_of(inputs.ablation)
+    ablation = rows_of(inputs.ablation)
     of_plans = {key: drawn(f"plans-{key}", one) for key, one in comparison_figures(inputs.comparison, "Plans").items()}
     of_ablation = comparison_figures(inputs.ablation, "Windows, sinks and the class table")
     more = {key: drawn(f"ablation-{key}", one) for key, one in of_ablation.items()}
@@ -285,8 +307,8 @@ def sections(inputs: Inputs) -> Mapping[str, tuple[str, Content]]:
             "Lower and further left is better. Plans and ablation were measured on different texts: compare within one "
             "figure. 4 + 60 means 4 sinks and a window of 60 in every head."
         ),
-        tag("div", of_plans["pareto"], more["pareto"], class_="pair"),
-        contender_table(plans, "Plans and their rivals"),
+        tag("div", [one for key, one in of_plans.items() if "pareto" in key], more["pareto"], class_="pair"),
+        *(contender_table(rows, f"Plans {HEADINGS[key]}") for key, rows in all_rows(inputs.comparison).items()),
         contender_table(ablation, "Windows, sinks and the class table"),
         more.get("beyond_context"),
     ]
@@ -300,7 +322,7 @@ def sections(inputs: Inputs) -> Mapping[str, tuple[str, Content]]:
         details("Windows, sinks and the class table", more["retrieval"]),
     ]
     found: dict[str, tuple[str, Content]] = {
-        "summary": ("Plans against uniform caches of the same bytes", summary(plans, ablation)),
+        "summary": ("Plans at equal bytes", summary(inputs)),
         "quality": ("Quality against bytes", quality),
         "look": ("Attention of every head", heads_seen(inputs)),
         "worth": ("Price of every head", heads_priced(inputs)),

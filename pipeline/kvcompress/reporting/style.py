@@ -1,8 +1,9 @@
 """One look for every method: the label, colour and marker it has in every figure, in `dvc plots` and on the report page.
 
 METHODS is in the order of every legend: policies of this project, the full cache, baselines and published methods, controls.
-Keys are the families of `evaluation` and the policies of `planning`. Colours differ pairwise, because `dvc plots` uses
-markers for revisions; the first ones are Okabe and Ito's, which colour-blind readers can tell apart.
+Keys are the families of `evaluation` and the policies of `planning`. "Even budget" means equal slots in every head. Colours
+differ pairwise, because `dvc plots` uses markers for revisions; the first ones are Okabe and Ito's, which colour-blind
+readers can tell apart.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,8 @@ from colorsys import hsv_to_rgb
 from hashlib import sha256
 from typing import NamedTuple
 
-INK, SOFT, RULE = "#1a1d21", "#555d66", "#d9dde2"  # text, secondary text, grid; the page maps them to its own theme
+from kvcompress.core.figure_style import INK
+
 FULL, UNIFORM, WINDOW_ONLY, CACHE_POSITIONS = "full", "uniform sink + window", "window only", "positions in the cache"
 
 
@@ -30,13 +32,16 @@ OWN = {
     "class_table_scaled": Look("class table, scaled", "#56B4E9", "P"),
     "class table": Look("class table", "#7D5BA6", "p"),
 }
-SCORES = {  # score of strategy `select` -> the paper's name
-    "snapkv": ("SnapKV", "#C2185B", "#E27DA3"),
-    "expected_attention": ("Expected Attention", "#6A8F00", "#A8C256"),
-    "accumulated_attention": ("H2O", "#8B1A1A", "#C96A5B"),
-    "leverage": ("Compactor", "#00838F", "#6FBFC6"),
-    "key_diff": ("KeyDiff", "#4B4FA8", "#9396D6"),
-    "key_norm": ("L2 norm", "#8A7F00", "#BDB45A"),
+PUBLISHED = {
+    "snapkv": Look("SnapKV, even budget", "#C2185B", "d", True),
+    "ada_kv": Look("Ada-KV with SnapKV", "#E27DA3", "X", True),
+    "expected_attention": Look("Expected Attention, even budget", "#6A8F00", ">", True),
+    "leverage": Look("Compactor, even budget", "#00838F", "<", True),
+    "key_diff": Look("KeyDiff, even budget", "#4B4FA8", "h", True),
+    "accumulated_attention": Look("H2O, even budget", "#8B1A1A", "X", True),
+    "key_norm": Look("L2 norm, even budget", "#8A7F00", "8", True),
+    "l2_compress": Look("L2 norm, share (l2_compress)", "#B8A900", "<"),
+    "fix_size_l2": Look("L2 norm, fixed size (fix_size_l2)", "#6B6300", ">"),
 }
 METHODS: dict[str, Look] = {
     **OWN,
@@ -45,10 +50,7 @@ METHODS: dict[str, Look] = {
     CACHE_POSITIONS: Look("StreamingLLM, positions in the cache", "#17405F", "H"),
     WINDOW_ONLY: Look("window only", "#A6642A", "v", True),
     "other sink counts": Look("other sink counts", "#5E7FA3", "."),
-    **{f"select {key}": Look(f"{name}, even budget", dark, "d", True) for key, (name, dark, _) in SCORES.items()},
-    **{f"adaptive {key}": Look(f"Ada-KV, {name}", pale, "X", True) for key, (name, _, pale) in SCORES.items()},
-    "l2_compress": Look("L2 norm, share (l2_compress)", "#B8A900", "<"),
-    "fix_size_l2": Look("L2 norm, fixed size (fix_size_l2)", "#6B6300", ">"),
+    **PUBLISHED,
     "per layer": Look("class table, one size a layer", "#B58BD6", "h"),
     "random": Look("random heads", "#999999", "x"),
     "inverse": Look("inverse prices", "#CC79A7", "+"),
@@ -61,15 +63,21 @@ ALIASES = {
     "recent_only": WINDOW_ONLY,
     "class_table": "class table",
     "head_aware": "class table",
+    "adaptive snapkv": "ada_kv",
+    **{f"select {score}": score for score in PUBLISHED},  # as older results name them
 }
-PUBLISHED = (*(key for key in METHODS if key.startswith(("select ", "adaptive "))), "l2_compress", "fix_size_l2")
 STROKES = "x+1"  # markers without an area
 SPARE = "oshpXdPH"
 
 
+def key_of(method: str) -> str:
+    """Return the key of a method in METHODS; an unknown one is its own key."""
+    return ALIASES.get(method, method)
+
+
 def look(method: str) -> Look:
     """Return the look of a method; an unknown one gets a colour and a marker made from its name."""
-    key = ALIASES.get(method, method)
+    key = key_of(method)
     if key in METHODS:
         return METHODS[key]
     digest = sha256(key.encode()).digest()
@@ -81,14 +89,4 @@ def look(method: str) -> Look:
 def in_order(methods: Iterable[str]) -> list[str]:
     """Sort methods as legends have them, each once; unknown ones come last, by name."""
     places = {key: place for place, key in enumerate(METHODS)}
-    return sorted(set(methods), key=lambda name: (places.get(ALIASES.get(name, name), len(places)), name))
-
-
-def is_own(method: str) -> bool:
-    """True for policies of this project."""
-    return ALIASES.get(method, method) in OWN
-
-
-def is_published(method: str) -> bool:
-    """True for methods that reports call by the name of their paper."""
-    return method in PUBLISHED
+    return sorted(set(methods), key=lambda name: (places.get(key_of(name), len(places)), name))
