@@ -1,6 +1,7 @@
 """Device of the kernel tests: a CUDA device, or triton's interpreter on a CPU.
 
-The interpreter has to be chosen before triton is loaded, so without a CUDA device the tests run again in another process.
+The interpreter has to be chosen before triton is loaded, so without a CUDA device the tests run again in another
+process.
 """
 
 import importlib.util

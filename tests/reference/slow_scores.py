@@ -1,7 +1,7 @@
 """Definition of every score, one key and one query at a time, in float64: slow and plain, to compare with.
 
-`Slow(inputs)` unpacks a `ScoreInputs`. Its methods have the names of the scores and take the score for its parameters. Empty
-slots get -inf and keys that stay +inf, as in the interface.
+`Slow(inputs)` unpacks a `ScoreInputs`. Its methods have the names of the scores and take the score for its
+parameters. Empty slots get -inf and keys that stay +inf, as in the interface.
 """
 
 import math
@@ -15,7 +15,7 @@ from kvcompress.scores.inputs import ScoreInputs
 
 
 def rotated(vector: Tensor, by: int, dim: int, theta: float) -> Tensor:
-    """The vector turned by `by` positions: dimension i and i + dim / 2 are a plane that turns by theta ** (-2 i / dim)."""
+    """Turn a vector by `by` positions: dimensions i and i + dim / 2 are a plane that turns by theta ** (-2 i / dim)."""
     out = vector.clone()
     for i in range(dim // 2):
         angle = by * theta ** (-2 * i / dim)
@@ -69,7 +69,7 @@ class Slow:
         return {k: math.exp(logit - top) / total for k, logit in logits.items()}
 
     def attention(self, b: int, h: int, some: range) -> tuple[dict[int, float], dict[int, int]]:
-        """Attention that keys received from some queries, mean over the query heads, and how many of these could see each."""
+        """Attention that keys receive from some queries, mean over query heads, and how many queries see each."""
         total, number = {k: 0.0 for k in self.real(b, h)}, {k: 0 for k in self.real(b, h)}
         for q in some:
             seen = [k for k in self.real(b, h) if self.at[b][h][k] <= self.asked_at[b][q]]

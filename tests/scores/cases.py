@@ -32,7 +32,7 @@ def prompt() -> ScoreInputs:
 
 
 def stream() -> ScoreInputs:
-    """A chunk of 14 queries over the keys of every head and row: different positions each, in any order, and the chunk."""
+    """A chunk of 14 queries over keys at positions of each head and row, in any order, and the chunk."""
     torch.manual_seed(1)
     rows = [[torch.randperm(90)[:26].tolist() for _ in range(HEADS)] for _ in range(BATCH)]
     positions = torch.tensor([[row + list(range(90, 104)) for row in heads] for heads in rows])

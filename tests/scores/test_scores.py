@@ -1,4 +1,4 @@
-"""Scores of keys against slow, obvious definitions in float64, on prompts, streams with gaps, padded rows and long blocks."""
+"""Scores of keys against slow, obvious definitions in float64."""
 
 import subprocess
 import sys

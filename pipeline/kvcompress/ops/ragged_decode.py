@@ -1,8 +1,8 @@
 """Attention of one token over a layer's KV heads of unequal length, in one launch on a GPU.
 
-`decode` works on tensors and knows no model and no cache. It reads the count of tokens seen from the device and never waits
-for the device, so it can be captured in a CUDA graph. The kernel, `ragged_decode_kernel`, is imported with the first use,
-because it needs triton (which comes with torch for CUDA).
+`decode` works on tensors and knows no model and no cache. It reads the count of tokens seen from the device and never
+waits for the device, so it can be captured in a CUDA graph. The kernel, `ragged_decode_kernel`, is imported with the
+first use, because it needs triton (which comes with torch for CUDA).
 """
 
 import warnings
@@ -175,14 +175,14 @@ def decode(
 
     Parameters
     ----------
-    table: from `table_of`, over tensors of the query's dtype, at most 256 columns wide and of a multiple of 16 bytes. The
-        table's heads share the query heads equally.
+    table: from `table_of`, over tensors of the query's dtype, at most 256 columns wide and of a multiple of 16 bytes.
+        The table's heads share the query heads equally.
     seen: int32 `[1]`, columns in the cache, the query's own included.
     pads: integers `[batch]`, columns of left padding [default: none].
     scale: multiplies scores [default: head_dim ** -0.5].
     scratch: memory of an earlier call, reused if it is large enough.
-    new: keys and values of the last column, `[batch, kv_head, head_dim]` each, which are first stored in their slots (by
-        the ring's rule, except in the sinks of a padded row) [default: they are stored already].
+    new: keys and values of the last column, `[batch, kv_head, head_dim]` each, which are first stored in their slots
+        (by the ring's rule, except in the sinks of a padded row) [default: they are stored already].
     settled: the previous launch on this stream writes none of `table`, `seen` and `pads`. They are then read while that
         launch is still ending, on devices that can.
 

@@ -1,24 +1,24 @@
 """Triton kernel of `decode`: attention of one token over all KV heads of a layer in one launch.
 
 The keys of a (row, KV head) pair are cut into units, and the units of all pairs form one line. Each program takes an
-equal piece of that line (the idea of Stream-K, arXiv 2301.03598), so a full head of 8,192 keys next to window heads of 132
-keeps every multiprocessor busy to the end. A pair of few keys is never cut, because merging partial results takes longer
-than reading it: a boundary inside such a pair moves to its start.
+equal piece of that line (the idea of Stream-K, arXiv 2301.03598), so a full head of 8,192 keys next to window heads
+of 132 keeps every multiprocessor busy to the end. A pair of few keys is never cut, because merging partial results
+takes longer than reading it: a boundary inside such a pair moves to its start.
 
-Inside its piece a program runs the online softmax of FlashAttention-2 (arXiv 2307.08691), pair by pair. A pair that lies
-whole in one piece is written out at once. For a pair cut between programs, each program writes a partial result (as in
-Flash-Decoding). The last to arrive, by an atomic counter, merges all of them in a fixed order, so the result does not
-depend on the order of arrival. It also resets the counter to 0 for the next launch.
+Inside its piece a program runs the online softmax of FlashAttention-2 (arXiv 2307.08691), pair by pair. A pair that
+lies whole in one piece is written out at once. For a pair cut between programs, each program writes a partial result
+(as in Flash-Decoding). The last to arrive, by an atomic counter, merges all of them in a fixed order, so the result
+does not depend on the order of arrival. It also resets the counter to 0 for the next launch.
 
 With APPEND, the one program that reads the unit of the new key and value first stores them in their slot.
 
-Launches follow each other closely (programmatic dependent launch, compute capability 9 and above). A program starts while
-the previous launch is ending, finds its piece, prefetches its first keys, and only then waits. It allows the next launch to
-start a few keys before its own end, after its own wait, so that at most two launches ever overlap.
+Launches follow each other closely (programmatic dependent launch, compute capability 9 and above). A program starts
+while the previous launch is ending, finds its piece, prefetches its first keys, and only then waits. It allows the
+next launch to start a few keys before its own end, after its own wait, so that at most two launches ever overlap.
 
-Lengths come from the device's own count of tokens seen, so a captured CUDA graph stays valid as the cache grows within its
-storage. Exponentials are powers of 2; the scale of the scores contains log2(e). Columns of a head come in a large and a
-small power of two: a head of 80 costs 64 + 16, not 128. Importing this file needs triton.
+Lengths come from the device's own count of tokens seen, so a captured CUDA graph stays valid as the cache grows
+within its storage. Exponentials are powers of 2; the scale of the scores contains log2(e). Columns of a head come in
+a large and a small power of two: a head of 80 costs 64 + 16, not 128. Importing this file needs triton.
 """
 
 import triton

@@ -3,9 +3,9 @@
 The first three sum up attention: weights exist inside a program only and are never stored. The others transform keys or
 queries one by one, where torch's separate operations would each write and read all of them.
 
-Vectors `[batch, head, row, SIZE]` come with the number of elements between two batches, heads and rows; the elements of a
-vector are contiguous, and so is every other tensor. Products are summed in float32. Weights are powers of 2: the `scale` of
-attention contains log2(e). Importing this file needs triton; `score_launchers` calls the kernels.
+Vectors `[batch, head, row, SIZE]` come with the number of elements between two batches, heads and rows; the elements
+of a vector are contiguous, and so is every other tensor. Products are summed in float32. Weights are powers of 2: the
+`scale` of attention contains log2(e). Importing this file needs triton; `score_launchers` calls the kernels.
 """
 
 import triton
@@ -109,7 +109,7 @@ def sums_of_weights(
     KEYS: tl.constexpr,  # keys at a time
     SIZE_SPAN: tl.constexpr,
 ):
-    """Sum the causal weights of ROWS queries of one head, by the online softmax of FlashAttention-2 (arXiv 2307.08691)."""
+    """Sum the causal weights of ROWS queries by the online softmax of FlashAttention-2 (arXiv 2307.08691)."""
     head = tl.cast(tl.program_id(1), tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     asks = of_head(queries, query_batch, query_head, heads, head, GROUP)

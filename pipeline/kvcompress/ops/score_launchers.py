@@ -31,10 +31,10 @@ def can_launch(*tensors: Tensor) -> bool:
 
 
 def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, scale: float) -> Tensor:
-    """Sum non-causal attention inside chunks of a text, in multiples of the chunk's mean; mean over a KV head's queries.
+    """Sum non-causal attention inside chunks of a text, in multiples of its mean over the chunk's keys.
 
-    queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`, there bool `[batch, kv_head,
-    token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK.
+    queries `[batch, query_head, token, head_dim]`, keys `[batch, kv_head, token, head_dim]`, there bool `[batch,
+    kv_head, token]` -> float32 like `there`. `chunk` is at most LARGEST_CHUNK.
     """
     from kvcompress.ops import score_kernels
 
@@ -64,8 +64,8 @@ def among_neighbours(queries: Tensor, keys: Tensor, there: Tensor, chunk: int, s
 def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1) -> Tensor:
     """Sum the causal attention that the keys of a text receive, mean over a KV head's query heads.
 
-    queries `[batch, query_head, query, head_dim]`, of the last token and of the tokens `step`, 2 `step`, ... before it; keys
-    `[batch, kv_head, token, head_dim]` -> float32 `[batch, kv_head, token]`.
+    queries `[batch, query_head, query, head_dim]`, of the last token and of the tokens `step`, 2 `step`, ... before
+    it; keys `[batch, kv_head, token, head_dim]` -> float32 `[batch, kv_head, token]`.
     """
     from kvcompress.ops import score_kernels
 
@@ -91,8 +91,8 @@ def received_by_keys(queries: Tensor, keys: Tensor, scale: float, step: int = 1)
 def gaussian_logits(keys: Tensor, mean: Tensor, covariance: Tensor, scaling: float) -> Tensor:
     """Compute s k.m + s^2 k'Ck / 2 of every key k for Gaussian queries of mean m and covariance C; s is `scaling`.
 
-    keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, covariance `[.., head_dim, head_dim]` ->
-    float32 `[batch, kv_head, group, key]`.
+    keys `[batch, kv_head, key, head_dim]`, mean `[batch, kv_head, group, head_dim]`, covariance `[.., head_dim,
+    head_dim]` -> float32 `[batch, kv_head, group, key]`.
     """
     from kvcompress.ops import score_kernels
 
@@ -152,7 +152,7 @@ def turned_back(keys: Tensor, there: Tensor, rotation: Rotation, projection: Ten
 
 
 def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply `Rotation.turn_by` to vectors `[batch, head, row, head_dim]` with cos and sin `[row, plane]`, as float32."""
+    """Turn vectors `[batch, head, row, head_dim]` by angles of cos and sin `[row, plane]`, as float32."""
     from kvcompress.ops import score_kernels
 
     batch, heads, count, size = vectors.shape

@@ -19,8 +19,8 @@ class AccumulatedAttention(Score):
 
     Parameters
     ----------
-    per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets the
-        same share of every query would rank by its age alone.
+    per_query: divide. The paper's plain sum (False) favours early keys, which more queries could see: a key that gets
+        the same share of every query would rank by its age alone.
     most: largest number of queries used. With more, every second, third, ... is used, the last included. The paper uses
         all (None), which takes as long as attention itself.
     """

@@ -61,8 +61,9 @@ def received_by_kernel(inputs: ScoreInputs, sample: slice) -> AttentionTotals:
 
 
 def weight_blocks(inputs: ScoreInputs, sample: slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weights `[batch, kv_head, group, query, key]` and visibility `[batch or 1, kv_head or 1, query, key]`, a block of
-    the sampled queries at a time.
+    """Yield weights and visibility of the sampled queries, a block of queries at a time.
+
+    Weights are `[batch, kv_head, group, query, key]`, visibility bool `[batch or 1, kv_head or 1, query, key]`.
 
     The keys of a block end after the last one that any of its queries sees; the last block has all keys.
     """

@@ -1,7 +1,7 @@
 """Interface of all scores: keys and queries go in, a number for every key comes out, and larger means keep.
 
-A score is a frozen dataclass whose fields are its parameters. It is a pure function of its inputs: it has no state between
-calls, and takes random numbers only from a seed among its fields.
+A score is a frozen dataclass whose fields are its parameters. It is a pure function of its inputs: it has no state
+between calls, and takes random numbers only from a seed among its fields.
 """
 
 from abc import ABC, abstractmethod
@@ -16,9 +16,9 @@ from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 class Score(ABC):
     """Rank the keys of a layer, each KV head by itself.
 
-    Calling a score gives float32 `[batch, kv_head, key]`: -inf in empty slots, +inf at keys that stay in any case. Scores
-    are comparable within a KV head only. `totals`, the result of `received` for the same inputs, saves a score that
-    accumulates from computing it again.
+    Calling a score gives float32 `[batch, kv_head, key]`: -inf in empty slots, +inf at keys that stay in any case.
+    Scores are comparable within a KV head only. `totals`, the result of `received` for the same inputs, saves a score
+    that accumulates from computing it again.
 
     Raises `InputError` if the score needs queries and there are none, `UnsupportedModelError` if it needs the rotary
     embedding and that is unknown.
@@ -86,7 +86,7 @@ def require_at_least(least: int, **counts: int) -> None:
 
 
 def require_odd(**counts: int) -> None:
-    """Raise `InputError` for the first parameter that is no odd number of at least 1 (a pooling kernel is symmetric)."""
+    """Raise `InputError` for the first parameter that is no odd number of at least 1, the size of a kernel."""
     require_at_least(1, **counts)
     for name, value in counts.items():
         if value % 2 == 0:

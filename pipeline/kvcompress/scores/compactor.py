@@ -1,12 +1,12 @@
 """Compactor: leverage of keys, blended with attention inside chunks (Chari and Van Durme 2025, arXiv 2507.08143).
 
-The leverage of a row of a matrix X is its entry on the diagonal of X (X'X)^-1 X', the influence of the row on its own fit by
-all rows. It is 1 for a key in a direction of its own and small for a key with many similar ones. A random projection of the
-head's dimensions to fewer approximates it and makes X'X smaller.
+The leverage of a row of a matrix X is its entry on the diagonal of X (X'X)^-1 X', the influence of the row on its own
+fit by all rows. It is 1 for a key in a direction of its own and small for a key with many similar ones. A random
+projection of the head's dimensions to fewer approximates it and makes X'X smaller.
 
-Attention inside a chunk has no causal mask, so late keys are seen by as many queries as early ones. In a text whose queries
-are all available, every query attends to the keys of its own chunk. While streaming, keys older than the queries form one
-chunk, which all queries attend to.
+Attention inside a chunk has no causal mask, so late keys are seen by as many queries as early ones. In a text whose
+queries are all available, every query attends to the keys of its own chunk. While streaming, keys older than the
+queries form one chunk, which all queries attend to.
 """
 
 from dataclasses import dataclass
@@ -32,22 +32,22 @@ OLD, ABSENT = -1, -2  # chunk numbers of keys older than all queries, and of pad
 class Leverage(Score):
     """blend z(leverage of k) + z(attention on k inside its chunk, times |v|), with z(x) = (x - mean) / deviation.
 
-    Leverage is that of the keys before rotation, minus their mean, projected by a Gaussian matrix. Attention is that of
-    `chunk_attention`, pooled over neighbours. z is taken within a KV head. Keys that stay are left out everywhere: vectors
-    and attention of the sinks are so large that the other keys would hardly differ.
+    Leverage is that of the keys before rotation, minus their mean, projected by a Gaussian matrix. Attention is that
+    of `chunk_attention`, pooled over neighbours. z is taken within a KV head. Keys that stay are left out everywhere:
+    vectors and attention of the sinks are so large that the other keys would hardly differ.
 
     Parameters
     ----------
     sketch: dimensions after projection. A head with no more dimensions is not projected, and its leverage is exact.
     ridge: added to the diagonal of X'X, so that it can be inverted where keys are few or alike.
-    blend: weight of leverage against attention. The authors' engine uses 0.5; their reference implementation uses the share
-        of keys to be removed.
+    blend: weight of leverage against attention. The authors' engine uses 0.5; their reference implementation uses the
+        share of keys to be removed.
     chunk: positions in a chunk.
-    scale: multiplies the products of queries and keys inside a chunk. The authors' programs use 1, which is sharper than
-        the model's own attention by head_dim ** 0.5; None takes the model's scaling.
+    scale: multiplies the products of queries and keys inside a chunk. The authors' programs use 1, which is sharper
+        than the model's own attention by head_dim ** 0.5; None takes the model's scaling.
     kernel: keys that attention is pooled over, odd.
-    unrotate: use keys before rotation. Without it (for models whose rotary embedding is unknown, or that have none) keys are
-        used as cached.
+    unrotate: use keys before rotation. Without it (for models whose rotary embedding is unknown, or that have none)
+        keys are used as cached.
     seed: seed of the random projection, the same for all heads and layers.
     """
 
@@ -99,7 +99,7 @@ class Leverage(Score):
         return ((exact - mean[..., None, :]) @ inverse).square().sum(-1).float()
 
     def projected(self, inputs: ScoreInputs) -> Tensor:
-        """Keys before rotation, projected, float32 `[batch, kv_head, key, sketch]`; 0 for keys that are no candidates."""
+        """Keys before rotation, projected, float32 `[batch, kv_head, key, sketch]`; 0 except for candidates."""
         size, turn = inputs.keys.shape[-1], inputs.rotation if self.unrotate else None
         matrix = gaussian(size, self.sketch, self.seed, inputs.keys.device) if self.sketch < size else None
         if turn and matrix is not None and inputs.in_order and score_launchers.can_launch(inputs.keys):
@@ -128,7 +128,7 @@ def gaussian(size: int, sketch: int, seed: int, device: torch.device) -> Tensor:
 
 
 def standardised(scores: Tensor, there: Tensor) -> Tensor:
-    """Scale scores `[.., batch, kv_head, key]` to zero mean and unit deviation over the keys that are `there` in a head."""
+    """Scale scores `[.., batch, kv_head, key]` to zero mean and unit deviation over the keys `there` in a head."""
     number = there.sum(-1, keepdim=True).clamp_min(1)
     centred = scores.masked_fill(~there, 0)
     centred = (centred - centred.sum(-1, keepdim=True) / number).masked_fill(~there, 0)
@@ -139,9 +139,9 @@ def standardised(scores: Tensor, there: Tensor) -> Tensor:
 def chunk_attention(inputs: ScoreInputs, chunk: int, scale: float) -> Tensor:
     """Attention that each candidate receives, in multiples of the mean over its chunk; float32 `[batch, kv_head, key]`.
 
-    Chunks are `chunk` positions long, counted from the first query's position. With n keys and m queries in a chunk the
-    mean is m / n. In a text without gaps that is 1 and the result is the plain sum over queries. Keys that stay count as
-    absent. Candidates in a chunk without queries get 0.
+    Chunks are `chunk` positions long, counted from the first query's position. With n keys and m queries in a chunk
+    the mean is m / n. In a text without gaps that is 1 and the result is the plain sum over queries. Keys that stay
+    count as absent. Candidates in a chunk without queries get 0.
     """
     if inputs.whole:
         assert inputs.queries is not None
@@ -171,8 +171,8 @@ def chunk_attention(inputs: ScoreInputs, chunk: int, scale: float) -> Tensor:
 def _of_few_queries(inputs: ScoreInputs, of_query: Tensor, of_key: Tensor, scale: float) -> Tensor:
     """Attention without reading which chunks exist, which would wait for the device.
 
-    Every query attends once to the old keys and once to its own chunk. of_query `[batch or 1, query]` and of_key `[batch,
-    kv_head, key]` are chunk numbers.
+    Every query attends once to the old keys and once to its own chunk. of_query `[batch or 1, query]` and of_key
+    `[batch, kv_head, key]` are chunk numbers.
     """
     asking = of_query >= 0
     near = (of_query[:, None, :, None] == of_key[:, :, None]) & asking[:, None, :, None]
@@ -216,7 +216,7 @@ def _in_text(inputs: ScoreInputs, chunk: int, scale: float) -> Tensor:
 
 
 def _received(queries: Tensor, keys: Tensor, asks: Tensor, there: Tensor, scale: float) -> Tensor:
-    """Mean attention of the queries with `asks`, `[batch or 1, query]`, to the keys that are there, times the number of keys."""
+    """Mean attention of the queries with `asks` `[batch or 1, query]` to the keys `there`, times their number."""
     total = torch.zeros(keys.shape[:3], device=keys.device)
     group, hidden = queries.shape[2], ~there
     asking = asks[:, None, None].float() / group

@@ -19,10 +19,10 @@ from kvcompress.scores.inputs import ScoreInputs
 class ExpectedAttention(Score):
     """(softmax_k(s k.m + s^2 k'Ck / 2) + epsilon) |v|: attention of Gaussian queries, times the key's contribution.
 
-    m and C are mean and covariance of the queries before rotation, then rotated like future queries: with R the mean of
-    the rotations at the next `future` positions, R m and R C R'. s is `ScoreInputs.scaling`. For a Gaussian query,
-    exp(s k.q) has the mean exp(s k.m + s^2 k'Ck / 2); the softmax divides the keys' shares. Keys that stay are left out of
-    it, and query heads of a KV head are averaged after it.
+    m and C are mean and covariance of the queries before rotation, then rotated like future queries: with R the mean
+    of the rotations at the next `future` positions, R m and R C R'. s is `ScoreInputs.scaling`. For a Gaussian query,
+    exp(s k.q) has the mean exp(s k.m + s^2 k'Ck / 2); the softmax divides the keys' shares. Keys that stay are left
+    out of it, and query heads of a KV head are averaged after it.
 
     R C R' is the paper's choice. It is less than the covariance of the coming queries: planes that turn often within
     `future` positions average to nothing, and the spread that the rotations themselves add is left out.
@@ -122,7 +122,7 @@ class PositionFactors(NamedTuple):
 def factors_of_range(
     score: ExpectedAttention, at: range, rotation: Rotation, size: int, device: torch.device
 ) -> PositionFactors:
-    """Factors of one row whose positions are a Python range, cached because every layer that reads a prompt shares them."""
+    """Factors of positions in a Python range, cached because all layers that read a prompt share them."""
     return score.factors(torch.arange(at.start, at.stop, at.step, device=device)[None], rotation, size)
 
 

@@ -49,7 +49,8 @@ class ScoreInputs:
     ----------
     keys: `[batch, kv_head, key, head_dim]`, in any order.
     values: `[batch, kv_head, key, value_dim]`.
-    positions: position of each key in the text, integers `[batch or 1, kv_head or 1, key]`; -1 is an empty slot or a pad.
+    positions: position of each key in the text, integers `[batch or 1, kv_head or 1, key]`; -1 is an empty slot or a
+        pad.
     scaling: multiplies the products of queries and keys, usually head_dim ** -0.5.
     queries: `[batch, query_head, query, head_dim]`, query heads of one KV head next to each other [default: none].
     query_positions: integers `[batch or 1, query]`, ascending; negative at pads, which are ignored.
@@ -85,7 +86,7 @@ class ScoreInputs:
             return
         if self.query_positions is None or self.queries.shape[1] % heads:
             raise InputError(
-                f"queries {list(self.queries.shape)} need query_positions, and as many heads for each of {heads} KV heads"
+                f"queries {list(self.queries.shape)} need query_positions and a multiple of {heads} (KV) heads"
             )
         require_shape("query_positions", self.query_positions.shape, ((batch, 1), (self.queries.shape[2],)))
 

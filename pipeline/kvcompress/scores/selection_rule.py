@@ -1,19 +1,20 @@
 """Rule of strategy `select`: when a KV head selects keys, among which keys, and by which queries.
 
-A head with s sinks, a window of w and k selected keys has s + w + k slots, one for each key. It holds every token until
-the slots are full. From then on it selects again every r = min(`every`, w) tokens. Candidates are the k selected keys and
-the r oldest keys of the window, whose slots the next r tokens overwrite. The k best candidates become the selected keys.
+A head with s sinks, a window of w and k selected keys has s + w + k slots, one for each key. It holds every token
+until the slots are full. From then on it selects again every r = min(`every`, w) tokens. Candidates are the k
+selected keys and the r oldest keys of the window, whose slots the next r tokens overwrite. The k best candidates
+become the selected keys.
 
-Rejected candidates stay in the slots that the next tokens overwrite. A rejected window key keeps its slot, so it stays
-visible for as long as the window reaches. A newly rejected key swaps slots with the key that replaced it; the lowest score
-is overwritten first. A selection therefore swaps rows and copies none: no key is held twice, no slot is empty, and a decode
-step between two selections is that of a head with s + k sinks and a window of w.
+Rejected candidates stay in the slots that the next tokens overwrite. A rejected window key keeps its slot, so it
+stays visible for as long as the window reaches. A newly rejected key swaps slots with the key that replaced it; the
+lowest score is overwritten first. A selection therefore swaps rows and copies none: no key is held twice, no slot is
+empty, and a decode step between two selections is that of a head with s + k sinks and a window of w.
 
-At the end of an exact prefill the k best of all keys older than the window are taken, and the same scores decide at once
-between these and the r oldest keys of the window. These scores use all queries of the prompt, later ones the last `observe`
-queries: a question that comes after the prompt has no influence on the selection from the prompt. Every row of a batch and
-every head selects for itself. How a text is cut into passes and how other rows are padded changes scores by rounding only,
-which may reorder keys of equal score (as neighbours have whose scores are pooled).
+At the end of an exact prefill the k best of all keys older than the window are taken, and the same scores decide at
+once between these and the r oldest keys of the window. These scores use all queries of the prompt, later ones the
+last `observe` queries: a question that comes after the prompt has no influence on the selection from the prompt. Every
+row of a batch and every head selects for itself. How a text is cut into passes and how other rows are padded changes
+scores by rounding only, which may reorder keys of equal score (pooled neighbours often have equal scores).
 """
 
 from collections.abc import Mapping
@@ -55,8 +56,8 @@ class SelectionRule:
 def kept_query_slots(plan: RetentionPlan, rule: SelectionRule | None = None) -> int:
     """Slots of K and V that take as many bytes as the queries a cache of this plan keeps for selection.
 
-    A layer keeps `observe` queries of every query head if any of its heads has a score that needs queries; a slot is two
-    vectors of their size. Positions of keys and attention totals, a few bytes a slot, are not counted.
+    A layer keeps `observe` queries of every query head if any of its heads has a score that needs queries; a slot is
+    two vectors of their size. Positions of keys and attention totals, a few bytes a slot, are not counted.
     """
     rule = rule or SelectionRule()
     asking = sum(any(kept.chosen and rule.score(kept.score).needs_queries for kept in layer) for layer in plan.layers)

@@ -14,9 +14,9 @@ from kvcompress.scores.inputs import ScoreInputs
 class SnapKV(Score):
     """Mean over the last `window` queries q of softmax_k(q.k * scaling), pooled over the key's neighbours in the text.
 
-    Query heads of a KV head are averaged. The paper scores only keys before the observation window; here a key inside it
-    gets the mean over the queries that could see it. If fewer queries are available, as in a short chunk, those observe.
-    The paper pools the prefix alone; here sinks and keys of the window count as neighbours like others.
+    Query heads of a KV head are averaged. The paper scores only keys before the observation window; here a key inside
+    it gets the mean over the queries that could see it. If fewer queries are available, as in a short chunk, those
+    observe. The paper pools the prefix alone; here sinks and keys of the window count as neighbours like others.
 
     Parameters
     ----------

@@ -17,8 +17,8 @@ def best(scores: Tensor, count: int, exclude: Tensor | None = None) -> Tensor:
     scores: `[batch, kv_head, key]`.
     exclude: bool `[batch or 1, kv_head or 1, key]`, slots not to take (sinks and window, which stay anyway).
 
-    Raises `InputError` if fewer than `count` slots are available. `exclude` is not read for this on an accelerator, where
-    that would wait for all work.
+    Raises `InputError` if fewer than `count` slots are available. `exclude` is not read for this on an accelerator,
+    where that would wait for all work.
     """
     free = scores.shape[-1]
     if exclude is not None and exclude.numel() and exclude.device.type == "cpu":
