@@ -41,7 +41,7 @@ from kvcompress.collect.collect import collect_attention
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.errors import InputError, KVCompressError, said_in_a_sentence
 from kvcompress.evaluation.compare import compare
-from kvcompress.evaluation.contenders import contenders_for
+from kvcompress.evaluation.contenders import ablation_contenders
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import AblationParams
 from kvcompress.evaluation.timing import timed
@@ -155,7 +155,7 @@ def stages(folder: Path, documents: int, tokens: int) -> tuple[dict[str, Callabl
         max_tokens=tokens, documents_per_text=each, sizes=[tokens // 4, tokens // 2], retrieval_lengths=[tokens],
         retrieval_depths=documents // 2, chunk_size=256, rank_every=256,
     )  # fmt: skip
-    contenders = contenders_for(["window_size"], model.config, ablated)
+    contenders = ablation_contenders(["window_size"], model.config, ablated)
     return {
         "collect_attention": lambda: collect_attention(model, [one for found in batch.values() for one in found]),
         "measure_sensitivity": lambda: measure_sensitivity(model, tokenizer, texts, priced),

@@ -8,13 +8,14 @@ import typer
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
-from kvcompress.evaluation.beyond import beyond_contenders, stream
-from kvcompress.evaluation.compare import compare
-from kvcompress.evaluation.contenders import ABLATIONS, contenders_for, plan_contenders
+from kvcompress.evaluation.compare import compare, stream_beyond
+from kvcompress.evaluation.contenders import ABLATIONS, ablation_contenders, plan_contenders
+from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import AblationParams
+from kvcompress.evaluation.results import ResultStore
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
-from kvcompress.texts.corpora import documents, load_texts
+from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
 from stages.model_run import chosen_model, model_params, share_documents
 
@@ -50,15 +51,13 @@ def main(
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
     classes = classifications_path or data_dir / "refined_classifications.json"
-    contenders = contenders_for(chosen, model.config, settings, classes)
+    contenders = ablation_contenders(chosen, model.config, settings, classes)
     contenders |= plan_contenders(model.config, settings.max_tokens, plan or ())
-    result = compare(model, tokenizer, record.id, texts, contenders, settings)
+    store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
+    result = compare(model, tokenizer, record.id, texts, contenders, settings, store=store)
     if settings.beyond_tokens and "window_size" in chosen:
-        name, longest = max(texts.items(), key=lambda item: len(item[1]))
-        (tokens,) = documents(tokenizer, name, longest, settings.beyond_tokens, 1)
-        found = beyond_contenders(model.config, str(classes) if classes.is_file() else None, settings.sizes[-2])
-        result["beyond"] = {"text": name, "context": record.max_context}
-        result["beyond"]["rows"] = stream(model, tokens, found, settings.chunk_size)
+        table = str(classes) if classes.is_file() else None
+        result["beyond"] = stream_beyond(model, tokenizer, texts, settings, table, record.max_context)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
     if output:

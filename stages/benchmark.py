@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kvcompress.core.artifacts import write_json
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
-from kvcompress.evaluation.benchmark_methods import entrants_for, require_known
-from kvcompress.evaluation.benchmark_params import HEAD_AWARE, METHODS, BenchmarkParams
-from kvcompress.evaluation.benchmark_result import benchmark_result, require_fit
+from kvcompress.evaluation.benchmark import benchmark_result, require_fit
+from kvcompress.evaluation.contenders import benchmark_contenders, require_known
+from kvcompress.evaluation.environment import environment
+from kvcompress.evaluation.params import HEAD_AWARE, METHODS, BenchmarkParams
+from kvcompress.evaluation.results import ResultStore
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
@@ -32,7 +33,9 @@ def main(
     metrics_file: MetricsFile = None,
     classifications_path: Annotated[
         Path | None,
-        typer.Option(help="Classes for head_aware [without this and --plan: the pipeline's, and benchmark.plans]."),
+        typer.Option(
+            help="Classes for head_aware [default: the plans of benchmark.plans; with all methods also the pipeline's classes]."
+        ),
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Retention plan for head_aware; repeatable.")] = None,
     plans_dir: Annotated[Path, typer.Option(help="Folder of the plans that benchmark.plans names.")] = Path(
@@ -47,7 +50,8 @@ def main(
     device: Device = None,
 ) -> None:
     """Time to first token, decoding, compression, bytes, perplexity and accuracy of methods that take turns."""
-    methods = list(METHODS) if compare_all or not method else method
+    everything = compare_all or not method
+    methods = list(METHODS) if everything else list(method or ())
     require_known(methods)
     settings = load_section(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
@@ -60,13 +64,17 @@ def main(
     model, tokenizer = load_model(record, loading)
     paths, classes = list(plan or ()), classifications_path
     if not paths and classes is None:
-        classes = data_dir / "refined_classifications.json"
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
-    entrants = entrants_for(methods, model.config, settings, classes, paths)
-    result = benchmark_result(model, tokenizer, record.id, texts, entrants, settings, growing)
+        # Plans by price do not depend on classes, so a new threshold alone times nothing again.
+        classes = data_dir / "refined_classifications.json" if everything or not paths else None
+    contenders = benchmark_contenders(methods, model.config, settings, classes, paths)
+    store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
+    result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing, store=store)
     if output:
         write_json(output, result)
     else:
+        from rich.console import Console
+
         from kvcompress.reporting.benchmark import show
 
         show(result, Console())

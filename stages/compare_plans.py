@@ -1,4 +1,4 @@
-"""Compare retention plans with uniform caches of exactly the same bytes. Run: python -m stages.compare_plans"""
+"""Compare retention plans and published scores at equal bytes. Run: python -m stages.compare_plans"""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,9 @@ from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.evaluation.compare import compare
 from kvcompress.evaluation.contenders import plan_contenders
+from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import ComparePlansParams
+from kvcompress.evaluation.results import ResultStore
 from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
@@ -38,7 +40,7 @@ def main(
     bf16: Bf16 = None,
     device: Device = None,
 ) -> None:
-    """Perplexity, accuracy, KL and retrieval of every plan and of its uniform rival on evaluation text."""
+    """Quality and facts found of every plan and score, and of the uniform cache of the same bytes, in two protocols."""
     share_documents(params)
     settings = load_section(ComparePlansParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
@@ -47,8 +49,11 @@ def main(
     model, tokenizer = load_model(record, loading)
     folder = plans_of(plans_dir, record.id)
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
-    contenders = plan_contenders(model.config, settings.max_tokens, paths)
-    result = compare(model, tokenizer, record.id, texts, contenders, settings)
+    scores = settings.scores if settings.context else ()
+    contenders = plan_contenders(model.config, settings.max_tokens, paths, scores, settings.score_shares)
+    streaming = [path.stem for path in paths] if plan or settings.streaming is None else settings.streaming
+    store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
+    result = compare(model, tokenizer, record.id, texts, contenders, settings, streaming, settings.context, store)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
     if output:

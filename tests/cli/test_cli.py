@@ -15,7 +15,7 @@ from kvcompress.cli.plan import unpriced
 from kvcompress.core.errors import KVCompressError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
-from kvcompress.evaluation.benchmark_params import BASELINES
+from kvcompress.evaluation.params import BASELINES
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.policies import POLICIES, WITHOUT_PRICES, Planner
 from tests.project.project import ROOT
@@ -250,7 +250,7 @@ def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["analyze", "./nowhere"], "MODEL is './nowhere', but there is no such folder"),
+        (["analyze", "./nowhere"], "MODEL is './nowhere', which is neither an existing folder"),
         (["analyze", "tiny", "--dtype", "float8"], "--dtype is 'float8'"),
         (["analyze", "tiny", "--text", "missing.txt"], "missing.txt"),
         (["plan", "tiny", "--budget", "lots"], "the budget is 'lots'"),

@@ -17,10 +17,10 @@ from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL as FULL_HEAD
 from kvcompress.core.retention import PRUNED, Retention
 from kvcompress.evaluation import timing
-from kvcompress.evaluation.benchmark import Record, run_benchmark, samples_of
-from kvcompress.evaluation.benchmark_methods import Entrant, baseline, entrants_for, head_aware
-from kvcompress.evaluation.benchmark_params import BASELINES, FULL, BenchmarkParams
-from kvcompress.evaluation.benchmark_rows import benchmark_rows, metrics
+from kvcompress.evaluation.benchmark import Record, benchmark_rows, run_benchmark, samples_of
+from kvcompress.evaluation.contenders import Contender, baseline, benchmark_contenders, head_aware
+from kvcompress.evaluation.params import BASELINES, FULL, BenchmarkParams
+from kvcompress.reporting.benchmark import metrics
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
@@ -41,15 +41,15 @@ def samples(count: int = 2, length: int = 76) -> list[tuple[str, torch.Tensor]]:
     return [(f"text {i}", torch.randint(0, VOCABULARY, (length,), generator=generator)) for i in range(count)]
 
 
-def entrants() -> list[Entrant]:
+def contenders() -> list[Contender]:
     config = tiny_model("llama").config
-    found = entrants_for((FULL, *BASELINES), config, PARAMS, None)
-    return [*found, *(head_aware(name, plan(name), "test", config) for name in PLANS)]
+    found = benchmark_contenders((FULL, *BASELINES), config, PARAMS, None)
+    return [*found, *(head_aware(name, plan(name)) for name in PLANS)]
 
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, Record]:
-    return run_benchmark(tiny_model("llama"), samples(), entrants(), PARAMS, progress=False)
+    return run_benchmark(tiny_model("llama"), samples(), contenders(), PARAMS, progress=False)
 
 
 def oracle(layers: list[list[Retention]]) -> tuple[np.ndarray, np.ndarray]:
@@ -116,21 +116,21 @@ def test_the_full_cache_is_transformers_own_and_turns_are_short() -> None:
         hook.remove()
 
     with watched():
-        run_benchmark(model, samples(), entrants(), PARAMS, progress=False)
+        run_benchmark(model, samples(), contenders(), PARAMS, progress=False)
     full = [attention for cache, attention, _ in calls if type(cache) is DynamicCache]
     assert full == ["sdpa"] * (3 + 2 * 12)  # warm-up: the prompt and two steps
     assert {attention for cache, attention, _ in calls if isinstance(cache, RaggedCache)} == {"kvcompress"}
-    steps = [id(cache) for cache, _, length in calls[3 * len(entrants()) :] if length == 1]
+    steps = [id(cache) for cache, _, length in calls[3 * len(contenders()) :] if length == 1]
     turns = [(one, len(list(same))) for one, same in groupby(steps)]
     assert {length for _, length in turns} == {4, 3}
-    first = [turns[i][0] for i in range(0, 3 * len(entrants()), len(entrants()))]
+    first = [turns[i][0] for i in range(0, 3 * len(contenders()), len(contenders()))]
     assert len(set(first)) == 3  # who begins changes
 
 
 def test_rows_compare_with_the_full_cache_of_the_same_run(records: dict[str, Record]) -> None:
-    rows = {row["name"]: row for row in benchmark_rows(entrants(), records, weights=1000)}
+    rows = {row["name"]: row for row in benchmark_rows(contenders(), records, weights=1000)}
     full, mixed = rows[FULL], rows["mixed"]
-    assert list(rows) == [entrant.name for entrant in entrants()]
+    assert list(rows) == [contender.name for contender in contenders()]
     assert full["compress_ms"] is None
     assert full["notes"] == {
         "compress_ms": "keeps everything",
@@ -145,7 +145,7 @@ def test_rows_compare_with_the_full_cache_of_the_same_run(records: dict[str, Rec
     ratios = sorted(a / b for a, b in zip(records[FULL].step_ms, records["mixed"].step_ms, strict=True))
     assert ratios[7] - 1e-4 <= mixed["to_full"]["decode_times_faster"] <= ratios[8] + 1e-4  # 16 timed steps
     assert mixed["decode_ms"]["p10"] <= mixed["decode_ms"]["median"] <= mixed["decode_ms"]["p90"]
-    assert set(metrics(list(rows.values()))["mixed"]) == {
+    assert set(metrics([{"rows": list(rows.values())}])["mixed"]) == {
         "first_token_ms", "decode_ms", "perplexity", "accuracy", "decode_times_faster", "first_token_times_faster",
         "bytes_share", "perplexity_ratio",
     }  # fmt: skip
@@ -158,7 +158,7 @@ def test_an_interval_needs_enough_tokens_and_a_gpu_counts_the_weights() -> None:
     made["other"].nll = (np.array(made[FULL].nll) + 0.5 + 0.1 * generator.random((8, 64))).tolist()
     for record in made.values():
         record.correct = [[True] * 64] * 8
-    row = benchmark_rows([Entrant(FULL, FULL, ""), Entrant("other", "other", "")], made, weights=1000)[1]
+    row = benchmark_rows([Contender(FULL, FULL), Contender("other", "other")], made, weights=1000)[1]
     change = row["to_full"]["nll"]
     assert 0.5 < change["low"] < change["mean"] < change["high"] < 0.6
     assert row["peak_device_bytes"] == 1005
@@ -177,15 +177,15 @@ def test_samples_come_from_each_text_in_turn() -> None:
 def test_who_cannot_take_part_is_told_why(tmp_path: Path) -> None:
     config = tiny_model("llama").config
     with pytest.raises(InputError, match=r"--method is 'h2o', expected one of full, l2_compress"):
-        entrants_for(["h2o"], config, PARAMS, None)
+        benchmark_contenders(["h2o"], config, PARAMS, None)
     with pytest.raises(InputError, match=r"cannot read .*classes.json"):
-        entrants_for(["head_aware"], config, PARAMS, tmp_path / "classes.json")
+        benchmark_contenders(["head_aware"], config, PARAMS, tmp_path / "classes.json")
     with pytest.raises(InputError, match=r"share is 0.03 .* 2 slots a head, expected more than benchmark.sinks 2"):
         baseline("recent_only", 2, PARAMS.model_copy(update={"share": 0.03}))
     RetentionPlan.uniform(FULL_HEAD, 3, 2, 4).save(tmp_path / "other.json")
     with pytest.raises(InputError, match=r"other.json is for \(3, 2, 4\) layers.* the model has \(2, 2, 4\)"):
-        entrants_for(["head_aware"], config, PARAMS, None, [tmp_path / "other.json"])
-    names = [one.name for one in entrants_for(["recent_only", "full", "recent_only"], config, PARAMS, None)]
+        benchmark_contenders(["head_aware"], config, PARAMS, None, [tmp_path / "other.json"])
+    names = [one.name for one in benchmark_contenders(["recent_only", "full", "recent_only"], config, PARAMS, None)]
     assert names == ["full", "recent_only"]
 
 
@@ -194,12 +194,12 @@ def test_who_cannot_take_part_is_told_why(tmp_path: Path) -> None:
 def test_baselines_keep_equally_much_of_the_prompt(method: str, layers: int) -> None:
     config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, hidden_size=8)
     params = BenchmarkParams(max_tokens=512, share=0.25)
-    entrant = baseline(method, layers, params)
+    contender = baseline(method, layers, params)
     cache = DynamicCache(config=config)
     for layer in range(layers):
         cache.update(torch.randn(1, 1, 512, 4), torch.randn(1, 1, 512, 4), layer)
-    assert entrant.compressor is not None
-    held = [sum(heads) for heads in entrant.compressor.compress(cache, config=config).held()]
+    assert contender.compressor is not None
+    held = [sum(heads) for heads in contender.compressor.compress(cache, config=config).held()]
     assert sum(held) == pytest.approx(0.25 * layers * 512, rel=0.01)
     assert (held[0] == 512) == (layers == 30 and "l2" in method)
 
@@ -233,7 +233,7 @@ def test_clock_and_bandwidth() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_memory_is_known() -> None:
     model = tiny_model("llama").to("cuda")
-    found = run_benchmark(model, samples(), entrants(), PARAMS, progress=False)
+    found = run_benchmark(model, samples(), contenders(), PARAMS, progress=False)
     for name, record in found.items():
         assert record.peak_device is not None, name
         assert record.peak_device >= max(record.held), name

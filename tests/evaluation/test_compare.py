@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from kvcompress.analysis.classification import classify_heads
 from kvcompress.analysis.params import ThresholdParams
@@ -10,10 +12,13 @@ from kvcompress.collect.collect import collect_attention
 from kvcompress.collect.params import StatisticsParams
 from kvcompress.collect.statistics import compute_statistics
 from kvcompress.core.head_classes import save_classifications
-from kvcompress.evaluation.compare import run_ablation
-from kvcompress.evaluation.contenders import ABLATIONS, FULL_CACHE, contenders_for
+from kvcompress.evaluation.compare import BEYOND_WINDOW, compare_documents, stream_beyond
+from kvcompress.evaluation.contenders import ABLATIONS, ablation_contenders
 from kvcompress.evaluation.params import AblationParams
+from kvcompress.evaluation.perplexity import FULL_CACHE
+from kvcompress.methods import StreamingLLMCompressor
 from kvcompress.reporting.comparison import conclusion, metrics, report
+from kvcompress.texts import corpora
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
@@ -31,13 +36,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     bounds = ThresholdParams(low_entropy=0.5, high_entropy=9.0, sink=sorted(h.sink_ratio for h in statistics)[4])
     path = tmp_path_factory.mktemp("classes") / "classes.json"
     save_classifications(path, classify_heads(statistics, bounds))
-    contenders = contenders_for(ABLATIONS, model.config, PARAMS, path)
+    contenders = ablation_contenders(ABLATIONS, model.config, PARAMS, path)
     documents = {
         name: [tokenizer(prose(60, seed), return_tensors="pt").input_ids[0, :128]]
         for name, seed in (("a", 5), ("b", 6))
     }
     cases = make_cases(tokenizer, {"a": prose(60, 7)}, PARAMS.retrieval_lengths, 2, 1)
-    return run_ablation(model, documents, cases, contenders, PARAMS)
+    return compare_documents(model, documents, cases, contenders, PARAMS)["rows"]
 
 
 def test_rivals_have_equal_bytes_and_everyone_is_there(rows: list[dict[str, Any]]) -> None:
@@ -66,6 +71,28 @@ def test_rows_are_complete(rows: list[dict[str, Any]]) -> None:
     small = next(row for row in rows if row["name"] == "4 + 28")
     assert small["share"] == 0.25
     assert small["after_eviction"]["first_query"] == 32
+
+
+def test_past_the_trained_context_windows_hold_the_mean_of_their_tokens() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()  # its trained context is 512 tokens
+    params = PARAMS.model_copy(update={"beyond_tokens": 2 * BEYOND_WINDOW + 1, "sizes": [32, 64], "chunk_size": 64})
+    texts = {"short": prose(40, 1), "long": prose(700, 2)}
+    found = stream_beyond(model, tokenizer, texts, params, None, 512)
+    rows = found["rows"]
+    assert (found["text"], found["context"]) == ("long", 512)
+    assert [row["tokens"] for row in rows] == [BEYOND_WINDOW, 2 * BEYOND_WINDOW] * 3
+    assert {row["nbytes"] for row in rows} == {2 * 2 * 32 * 2 * 8 * 4}
+    (tokens,) = corpora.documents(tokenizer, "long", texts["long"], params.beyond_tokens, 1)
+    name, compressor = "4 + 28, positions in the cache", StreamingLLMCompressor(4, 28, positions="cache")
+    with torch.inference_mode(), compressor.attached(model):
+        cache = compressor.new_cache(model.config, "streaming")
+        losses = []
+        for i in range(2 * BEYOND_WINDOW):  # token by token, the slow way
+            logits = model(tokens[None, i : i + 1], past_key_values=cache).logits[0, -1]
+            losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[i + 1])))
+    mine = [row["nll"] for row in rows if row["name"] == name]
+    expected = [np.mean(losses[:BEYOND_WINDOW]), np.mean(losses[BEYOND_WINDOW:])]
+    np.testing.assert_allclose(mine, expected, atol=2e-3)
 
 
 def made_row(low: float, high: float, nbytes: float = 1.0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
-from kvcompress.evaluation.perplexity import Score, full_log_probs, score_contenders, score_document
+from kvcompress.evaluation.perplexity import QualityResult, Reference, score_contenders, score_document
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor
 from tests.reference.oracle import judged
 from tests.tiny import VOCABULARY, tiny_model
@@ -39,12 +39,9 @@ def test_one_masked_pass_equals_the_real_cache(name: str, prefill: str) -> None:
         expected = nll_of(model(text[None], use_cache=False).logits[0], text)
     compressor = HeadAwareCompressor.from_plan(plan(name))
     with torch.inference_mode(), compressor.attached(model):
-        reference = full_log_probs(model, text)
         for chunk in (prompt, 1) if prefill == "streaming" else (prompt,):
-            found, _ = score_document(
-                model, text, reference, compressor.new_cache(model.config, prefill=prefill), chunk
-            )
-            np.testing.assert_allclose(found["nll"], expected, atol=1e-4)
+            found, _ = score_document(model, text, compressor.new_cache(model.config, prefill=prefill), chunk)
+            np.testing.assert_allclose(found[0], expected, atol=1e-4)
 
 
 def test_the_full_cache_scores_as_the_model_does() -> None:
@@ -58,7 +55,10 @@ def test_the_full_cache_scores_as_the_model_does() -> None:
             logits = model(text[None], use_cache=False).logits[0]
         np.testing.assert_allclose(full.nll[i], nll_of(logits, text), atol=1e-4)
         np.testing.assert_array_equal(full.correct[i], (logits[:-1].argmax(-1) == text[1:]).numpy())
-    assert abs(full.kl).max() < 1e-5
+    assert (full.kl == 0).all()
+    assert (full.same_top == 1).all()
+    assert (scores["uniform"].same_top[:, :15] == 1).all()
+    assert scores["uniform"].same_top.mean() < 1
     assert scores["uniform"].kl.mean() > 1e-3
     assert (scores["uniform"].kl[:, :15] < 1e-5).all()  # nothing is forgotten before slot 16 is needed
     assert scores["uniform"].nbytes_end == plan("uniform").nbytes(100, head_dim=8, itemsize=4)
@@ -68,14 +68,17 @@ def test_the_full_cache_scores_as_the_model_does() -> None:
 
 def test_kl_is_that_of_the_distributions() -> None:
     model, text = tiny_model("llama"), tokens(60)
-    compressor = HeadAwareCompressor.from_plan(plan("uniform"))
+    compressor, reference = HeadAwareCompressor.from_plan(plan("uniform")), Reference(59)
     with torch.inference_mode(), compressor.attached(model):
-        reference = full_log_probs(model, text)
-        logits = model(text[None], past_key_values=compressor.new_cache(model.config, "streaming")).logits[0]
-        found, _ = score_document(model, text, reference, compressor.new_cache(model.config, "streaming"), 60)
-    p, q = reference.exp(), torch.softmax(logits, -1)
-    expected = torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1)[:-1]
-    np.testing.assert_allclose(found["kl"], expected.numpy(), atol=1e-5)
+        full = model(text[None], use_cache=False).logits[0].log_softmax(-1)[:-1]
+        reference.record(0, full[:20], full[:20].argmax(-1))
+        reference.record(20, full[20:], full[20:].argmax(-1))
+        logits = model(text[None], past_key_values=compressor.new_cache(model.config, "streaming")).logits[0, :-1]
+        cache = compressor.new_cache(model.config, "streaming")
+        found, _ = score_document(model, text, cache, 25, reference.compare)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), full.exp(), reduction="none").sum(-1)
+    np.testing.assert_allclose(found[3], expected.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(found[2], (logits.argmax(-1) == full.argmax(-1)).numpy())
 
 
 def test_methods_that_rank_keys_are_scored_too() -> None:
@@ -94,8 +97,20 @@ def test_documents_must_have_one_length() -> None:
 
 def test_means_by_text_and_from_a_place_on() -> None:
     nll = np.array([[1.0, 3.0], [2.0, 2.0], [4.0, 0.0]])
-    score = Score(["a", "a", "b"], nll, nll > 2, nll, 1, 1.0, 1, 0.0)
+    held = np.array([[1.0, 2.0], [1.0, 3.0], [2.0, 5.0]])
+    score = QualityResult(["a", "a", "b"], nll, nll > 2, nll, nll, held, 5, 0.0)
+    assert (score.nbytes_end, score.nbytes_mean) == (5, 3.5)  # of the last document
     assert score.perplexity("b") == pytest.approx(np.exp(2))
     assert score.perplexity(first=1) == pytest.approx(np.exp(5 / 3))
     assert score.mean("correct", "a") == 0.25
     assert score.geometric_mean() == pytest.approx(np.exp(2))
+
+
+def test_past_the_context_there_is_no_reference() -> None:
+    contenders = {"uniform": HeadAwareCompressor.from_plan(plan("uniform"))}
+    (score,) = score_contenders(
+        tiny_model("llama"), {"a": [tokens(96)]}, contenders, 16, progress=False, references=False
+    ).values()
+    assert np.isfinite(score.nll).all()
+    assert np.isnan(score.kl).all()
+    assert score.held.shape == (1, 6)

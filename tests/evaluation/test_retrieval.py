@@ -1,18 +1,24 @@
 """Retrieval cases are what they say, and "answered" is greedy decoding."""
 
 from difflib import SequenceMatcher
+from typing import get_args
 
 import pytest
 import torch
 
 from kvcompress.core.errors import InputError
+from kvcompress.evaluation.params import ScoringParams, Task
 from kvcompress.evaluation.retrieval import answered, retrieve
 from kvcompress.methods import HeadAwareCompressor, StreamingLLMCompressor
 from kvcompress.sensitivity.fact_price import FILLERS, TWICE
-from kvcompress.texts.retrieval_tasks import LOOKUP, PASSKEY, TEMPLATES, Case, CaseMaker, Use, make_cases
+from kvcompress.texts.retrieval_tasks import LOOKUP, PASSKEY, TASKS, TEMPLATES, Case, CaseMaker, Use, make_cases
 from tests.tiny import VOCABULARY, prose, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+
+
+def test_parameters_know_every_task() -> None:
+    assert tuple(get_args(Task)) == tuple(ScoringParams().retrieval_tasks) == TASKS
 
 
 def test_cases_have_their_length_and_hold_their_fact() -> None:
@@ -79,15 +85,16 @@ def test_answered_is_greedy_decoding(prefill: str) -> None:
             assert found[name] == [True, False]
 
 
-def test_exact_prefill_compresses_without_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_prefill_reads_a_context_once_and_without_the_question() -> None:
     model, seen = tiny_model("llama"), []
-    compressor = StreamingLLMCompressor(2, 10)
-    original = compressor.compress
-    monkeypatch.setattr(
-        compressor, "compress", lambda cache, **k: (seen.append(cache.get_seq_length()), original(cache, **k))[1]
+    contenders = {"a": StreamingLLMCompressor(2, 10), "b": StreamingLLMCompressor(2, 20)}
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length())),
+        with_kwargs=True,
     )
-    retrieve(model, [random_case(0, [1, 2])], {"a": compressor}, progress=False)
-    assert seen == [60]
+    retrieve(model, [random_case(0, [1, 2])], contenders, progress=False)
+    hook.remove()
+    assert seen == [(60, 0), (12, 60), (12, 60)]
 
 
 def test_answered_looks_at_the_right_places() -> None:

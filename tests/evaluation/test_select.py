@@ -5,10 +5,9 @@ import torch
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL as FULL_HEAD
 from kvcompress.core.retention import Retention
-from kvcompress.evaluation.benchmark import run_benchmark
-from kvcompress.evaluation.benchmark_methods import Entrant, head_aware
-from kvcompress.evaluation.benchmark_params import FULL, BenchmarkParams
-from kvcompress.evaluation.benchmark_rows import CHOOSES_ON_READING, benchmark_rows
+from kvcompress.evaluation.benchmark import SELECTS_WHILE_READING, benchmark_rows, run_benchmark
+from kvcompress.evaluation.contenders import Contender, head_aware
+from kvcompress.evaluation.params import FULL, BenchmarkParams
 from kvcompress.evaluation.perplexity import score_contenders
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.methods import HeadAwareCompressor
@@ -23,11 +22,11 @@ LENGTH = 72
 def test_a_benchmark_times_its_prefill_and_not_its_compression() -> None:
     model = model_of("llama")
     params = BenchmarkParams(num_samples=1, max_tokens=LENGTH, max_new_tokens=8, turn=4, share=0.25, sinks=2)
-    entrants = [Entrant(FULL, FULL, "all"), head_aware("plan", PLAN, "test", model.config)]
-    records = run_benchmark(model, [("text", tokens(1, LENGTH + 8)[0])], entrants, params, progress=False)
-    row = benchmark_rows(entrants, records, 1)[1]
+    contenders = [Contender(FULL, FULL), head_aware("plan", PLAN)]
+    records = run_benchmark(model, [("text", tokens(1, LENGTH + 8)[0])], contenders, params, progress=False)
+    row = benchmark_rows(contenders, records, 1)[1]
     assert row["compress_ms"] is None
-    assert row["notes"]["compress_ms"] == CHOOSES_ON_READING
+    assert row["notes"]["compress_ms"] == SELECTS_WHILE_READING
 
 
 def test_facts_are_asked_for_and_text_is_scored() -> None:

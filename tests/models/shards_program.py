@@ -31,7 +31,6 @@ from kvcompress.collect.params import CollectParams
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
-from kvcompress.evaluation.beyond import stream
 from kvcompress.evaluation.perplexity import score_contenders
 from kvcompress.evaluation.retrieval import retrieve
 from kvcompress.methods import FixSizeL2Compressor, HeadAwareCompressor, L2Compressor, StreamingLLMCompressor
@@ -181,8 +180,9 @@ def measured(model: PreTrainedModel) -> dict[str, Tensor]:
         found[f"bytes.{name}"] = torch.tensor([score.nbytes_end, score.nbytes_mean], dtype=torch.float64)
         found[f"answers.{name}"] = torch.tensor(answers[name])
     bounded = {name: compressors()[name] for name in ("in the cache", "chosen")}
-    rows = stream(model, ids(1025)[0], bounded, 128, progress=False)
-    found["bytes.beyond"] = torch.tensor([row["nbytes"] for row in rows])
+    beyond = {"a": [ids(1025)[0]]}
+    scores = score_contenders(model, beyond, bounded, 128, 128, progress=False, references=False)
+    found["bytes.beyond"] = torch.tensor([score.nbytes_end for score in scores.values()])
     with compressors()["windows"].attached(model), torch.inference_mode():  # the loop that compresses a dense cache
         past = model(documents[0][None, :60].to(device), use_cache=True).past_key_values
         past = compressors()["windows"].compress(past, config=model.config)

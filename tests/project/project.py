@@ -53,7 +53,8 @@ def copy_project(folder: Path) -> Path:
     params["sensitivity"] |= {"max_tokens": 256, "windows": [16, 64], "joint_windows": [32], "fact_contexts": 1}
     params["sensitivity"] |= {"facts_per_context": 2, "far": 32, "nodes": 2}
     params["compare_plans"] |= {"max_tokens": 128, "retrieval_lengths": [160], "retrieval_depths": 1}
-    params["compare_plans"] |= {"plans": ["priced-25", "random-25"]}
+    params["compare_plans"] |= {"plans": ["priced-25", "random-25"], "streaming": ["priced-25"], "context": 96}
+    params["compare_plans"] |= {"scores": ["snapkv"], "score_shares": [0.5]}
     params["benchmark"] |= {"num_samples": 2, "max_tokens": 48, "max_new_tokens": 9, "turn": 4}
     params["benchmark"] |= {"growth_contexts": [32, 48], "growth_rounds": 1, "plans": ["priced-25"]}
     params["plots"] = {"dpi": 60}

@@ -13,8 +13,8 @@ from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadClassification, HeadType, save_classifications
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import Retention
-from kvcompress.evaluation.benchmark_params import BASELINES, METHODS, BenchmarkParams
-from kvcompress.evaluation.decode_growth import decode_growth, require_room, weight_bytes
+from kvcompress.evaluation.decode_steps import decode_growth, require_room, weight_bytes
+from kvcompress.evaluation.params import BASELINES, METHODS, BenchmarkParams
 from kvcompress.reporting.benchmark import GROWTH, QUALITY, SPEED, growth_data, method_data, report, terminal
 from stages import benchmark, plot
 from tests.project.project import copy_project, stage_here
@@ -96,6 +96,10 @@ def test_methods_by_flag(project: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(row["tokens"] == 5 for row in result["rows"])
     result = result_of(project, monkeypatch, "--method", "head_aware", "--plan", "mine.json", "--no-growth", *flags)
     assert names(result) == ["full", "head_aware mine"]
+    again = result_of(project, monkeypatch, "--method", "head_aware", "--plan", "mine.json", "--no-growth", *flags)
+    assert again == result  # times too: nothing that they depend on has changed
+    result = result_of(project, monkeypatch, "--method", "head_aware", "--no-growth", *flags)
+    assert names(result) == ["full", "head_aware priced-25"]  # no classes, which a new threshold changes
     result = result_of(project, monkeypatch, "--method", "head_aware", "--classifications_path", "classes.json", *flags)
     assert names(result) == ["full", "head_aware"]
     assert {row["contender"] for row in result["growth"]} == {"full", "uniform 25%", "head_aware"}
@@ -152,5 +156,5 @@ def test_a_page_needs_results(project: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_pipeline_runs_every_method_once() -> None:
     text = (Path(__file__).parents[2] / "dvc.yaml").read_text()
-    commands = re.findall(r"python -m stages\.benchmark ((?:--method \w+\s*)+)", text)
+    commands = re.findall(r"flags: ((?:--method \w+\s*)+)", text)
     assert [command.split()[1::2] for command in commands] == [list(BASELINES), ["head_aware"]]

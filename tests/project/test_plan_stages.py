@@ -135,6 +135,23 @@ def test_plans_are_compared_without_dvc(project: Path, tmp_path: Path) -> None:
     assert report([result]) == (tmp_path / "plan_comparison.md").read_text()
 
 
+def test_a_second_comparison_measures_nothing_and_says_the_same(project: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        stage_here(project, "compare_plans", "--output", str(tmp_path / f"{name}.json"))
+    assert (tmp_path / "first.json").read_bytes() == (tmp_path / "second.json").read_bytes()  # also of seconds
+    result = json.loads((tmp_path / "first.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [FULL_CACHE, "priced-25", "uniform = priced-25"]
+    continued = {row["name"] for row in result["continuation"]}
+    assert continued == {
+        FULL_CACHE,
+        "priced-25",
+        "random-25",
+        "uniform = priced-25",
+        "uniform = 50%",
+        "select snapkv 50%",
+    }
+
+
 def saved(folder: Path, name: str, **heads: Any) -> Path:
     kept = heads.get("kept", [[FULL, Retention(2, 10)], [Retention(2, 30), Retention(2, 50)]])
     RetentionPlan(tuple(map(tuple, kept)), 4, "m", "mine").save(folder / f"{name}.json")

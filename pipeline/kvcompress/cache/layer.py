@@ -92,6 +92,14 @@ class CompressedLayer(CacheLayerMixin):
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
         """Take over the columns `first...` of another cache, `[batch, kv_head, column, head_dim]`, and forget."""
 
+    def fill_from_prompt(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> None:
+        """Fill an empty layer as an exact prefill would, without computing the prompt's attention.
+
+        query `[batch, query_head, token, head_dim]`, keys and values `[batch, kv_head, token, head_dim]`: of the whole
+        prompt, without padding. scale: of the attention, None for the usual one.
+        """
+        self.fill(keys, values)
+
     @abstractmethod
     def keeps_like(self, other: "CompressedLayer") -> bool:
         """Whether another layer keeps by the same rule."""

@@ -5,35 +5,15 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import (
-    AsJson,
-    Device,
-    DeviceMap,
-    Dtype,
-    Model,
-    Revision,
-    Texts,
-    TpPlan,
-    Trust,
-    model_params,
-    open_model,
-    print_json,
-    read_texts,
-)
+from kvcompress.cli.options import AsJson, Documents, ModelOptions, Texts, print_json, read_texts
 
 
 def analyze(
-    model: Model,
+    options: ModelOptions,
     text: Texts = None,
     output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("analysis"),
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each document.")] = 2048,
-    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    tp_plan: TpPlan = None,
-    revision: Revision = "main",
-    trust_remote_code: Trust = False,
+    documents_per_text: Documents = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure and classify every attention head.
@@ -42,7 +22,7 @@ def analyze(
 
     Example: `kvcompress analyze HuggingFaceTB/SmolLM2-135M --text book.txt --output-dir smollm2`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
+    options.check()
     texts = read_texts(text)
 
     from kvcompress.analysis.classification import classify_heads
@@ -57,7 +37,7 @@ def analyze(
     from kvcompress.models import distributed
     from kvcompress.texts.corpora import documents_of_all
 
-    loaded, tokenizer, record = open_model(params)
+    loaded, tokenizer, record = options.open()
     batches = documents_of_all(tokenizer, texts, max_tokens, documents_per_text)
     batch = [tokens for found in batches.values() for tokens in found]
     sums, measure = collect_attention(loaded, batch, progress=not as_json), StatisticsParams()

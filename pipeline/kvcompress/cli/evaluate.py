@@ -1,4 +1,4 @@
-"""`kvcompress evaluate MODEL --plan plan.json --text FILE`: what plans cost, against uniform caches of the same bytes."""
+"""`kvcompress evaluate MODEL --plan plan.json --text FILE`: quality of plans and of uniform caches of the same bytes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,28 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.common import (
-    AsJson,
-    Device,
-    DeviceMap,
-    Dtype,
-    Model,
-    Revision,
-    TpPlan,
-    Trust,
-    model_params,
-    open_model,
-    print_json,
-    read_texts,
-    warn_of,
-)
+from kvcompress.cli.options import AsJson, Documents, ModelOptions, Output, print_json, read_texts, warn_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def show_rows(result: Mapping[str, Any], console: "Console") -> None:
-    """A line for every cache, and in words who wins at equal bytes."""
+    """Print one line a cache, and in words which wins at equal bytes."""
     from rich.table import Table
 
     from kvcompress.reporting.comparison import conclusion, origin
@@ -45,29 +31,23 @@ def show_rows(result: Mapping[str, Any], console: "Console") -> None:
 
 
 def evaluate(
-    model: Model,
+    options: ModelOptions,
     plan: Annotated[list[Path], typer.Option(help="Plan file (repeatable).")],
     text: Annotated[
         list[Path], typer.Option("--text", "-t", help="A UTF-8 file that no plan was made on (repeatable).")
     ],
     max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 2048,
-    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
+    documents_per_text: Documents = 2,
     retrieval_depths: Annotated[int, typer.Option(min=1, help="Places in the context where facts are hidden.")] = 5,
     retrieval_length: Annotated[int | None, typer.Option(min=64, help="Tokens [default: max-tokens less 48].")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the whole result as JSON.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    tp_plan: TpPlan = None,
-    revision: Revision = "main",
-    trust_remote_code: Trust = False,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, accuracy, KL and facts found, of every plan and of the uniform cache that holds as many bytes.
 
     Example: `kvcompress evaluate HuggingFaceTB/SmolLM2-135M --plan plan.json --text another_book.txt`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
+    options.check()
     texts = read_texts(text)
 
     from rich.console import Console
@@ -79,7 +59,8 @@ def evaluate(
     from kvcompress.evaluation.params import ComparePlansParams
     from kvcompress.models import distributed
 
-    loaded, tokenizer, record = open_model(params)
+    plans = [RetentionPlan.load(path) for path in plan]
+    loaded, tokenizer, record = options.open()
     settings = ComparePlansParams(
         max_tokens=max_tokens,
         documents_per_text=documents_per_text,
@@ -89,8 +70,8 @@ def evaluate(
         plans=[path.stem for path in plan],
     )
     if not distributed.rank():
-        for path in plan:
-            warn_of(RetentionPlan.load(path), path, record, max_tokens)
+        for found, path in zip(plans, plan, strict=True):
+            warn_of(found, path, record, max_tokens)
     contenders = plan_contenders(loaded.config, max_tokens, plan)
     result = compare(loaded, tokenizer, record.id, texts, contenders, settings)
     if not distributed.leave():  # every process has the whole result, one writes it

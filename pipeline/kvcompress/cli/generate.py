@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from kvcompress.cli.common import (
-    AsJson,
-    Device,
-    DeviceMap,
-    Dtype,
-    Model,
-    Revision,
-    TpPlan,
-    Trust,
-    model_params,
-    open_model,
-    print_json,
-    warn_of,
-)
+from kvcompress.cli.options import AsJson, ModelOptions, print_json, warn_of
 from kvcompress.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def knows_no_more_positions(model: "PreTrainedModel") -> bool:
-    """Whether positions are looked up in a table, which ends."""
+    """Return True if the model looks positions up in a table of limited length."""
     from torch.nn import Embedding
 
     tables = ("wpe", "embed_positions", "position_embeddings")
@@ -36,7 +23,7 @@ def knows_no_more_positions(model: "PreTrainedModel") -> bool:
 
 
 def generate(
-    model: Model,
+    options: ModelOptions,
     prompt: Annotated[str | None, typer.Argument(help="The prompt [default: standard input].")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file [default: the full cache].")] = None,
     prompt_file: Annotated[
@@ -49,19 +36,13 @@ def generate(
     prefill: Annotated[
         str, typer.Option(help="exact: the prompt attends in full; streaming: bounded memory.")
     ] = "exact",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    tp_plan: TpPlan = None,
-    revision: Revision = "main",
-    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Generate text with a compressed cache.
 
     Example: `kvcompress generate HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --prompt-file book.txt --plan plan.json`
     """
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
+    options.check()
     if prefill not in ("exact", "streaming"):
         raise InputError(f"--prefill is {prefill!r}, expected exact or streaming")
     text = prompt if prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
@@ -79,8 +60,8 @@ def generate(
     text = (read_text(prompt_file) + "\n" if prompt_file else "") + text
     if not text.strip():
         raise InputError("there is no prompt: give PROMPT, --prompt-file or standard input")
-    loaded, tokenizer, record = open_model(params)
     kept = RetentionPlan.load(plan) if plan else None
+    loaded, tokenizer, record = options.open()
     compressor = (
         HeadAwareCompressor.from_plan(kept) if kept else HeadAwareCompressor.from_model_config(loaded.config, "full")
     )

@@ -1,4 +1,4 @@
-"""Head maps in the terminal: a row a layer, a cell a head, coloured by class, by slots or by any number."""
+"""Head maps in the terminal: one row a layer, one cell a head, coloured by class, slots or any number."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ SHADES = " .:-=+*#%@"  # ten steps, readable without colour
 
 
 def class_map(file: ClassificationFile, console: Console | None = None) -> None:
-    """Classes of all query heads."""
+    """Print the classes of all query heads."""
     out = console or Console()
     out.print("layer  query heads")
     for i, layer in enumerate(file.layers):
@@ -40,7 +40,7 @@ def class_map(file: ClassificationFile, console: Console | None = None) -> None:
 
 
 def plan_map(plan: RetentionPlan, context: int, console: Console | None = None) -> None:
-    """Slots of all KV heads after `context` tokens, with a mark where some of them hold chosen keys."""
+    """Print the slots of all KV heads after `context` tokens; a mark shows where some of them hold selected keys."""
     held = [[kept.held(context) for kept in layer] for layer in plan.layers]
     chooses = [[kept.chosen > 0 and kept.held(context) < context for kept in layer] for layer in plan.layers]
     marks = " (c: also by content)" if any(map(any, chooses)) else ""
@@ -57,8 +57,10 @@ def number_map(
     decimals: int = 3,
     marked: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """Numbers `[layer][head]` as shades, dark to bright from `low` to `high`; the numbers beside them where they fit, and
-    a c beside those that are marked."""
+    """Print numbers `[layer][head]` as shades, dark to bright from `low` to `high`.
+
+    The numbers follow their shades if the terminal is wide enough, and a c follows those that are `marked`.
+    """
     out, grid = console or Console(), np.asarray(values, dtype=float)
     least, most = (float(grid.min()) if low is None else low), (float(grid.max()) if high is None else high)
     span = most - least or 1.0

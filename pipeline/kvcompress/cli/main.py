@@ -1,4 +1,4 @@
-"""The `kvcompress` command: one subcommand a module; errors that a user can mend end it with one sentence and code 1."""
+"""The `kvcompress` command, one subcommand a module. A user error ends it with one sentence and exit code 1."""
 
 import os
 
@@ -9,6 +9,7 @@ from kvcompress.cli.analyze import analyze
 from kvcompress.cli.benchmark import benchmark
 from kvcompress.cli.evaluate import evaluate
 from kvcompress.cli.generate import generate
+from kvcompress.cli.options import with_model
 from kvcompress.cli.plan import plan
 from kvcompress.cli.show import show
 from kvcompress.core.errors import said_in_a_sentence
@@ -20,8 +21,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (analyze, plan, generate, evaluate, benchmark, show):
-    app.command()(command)
+for command in (analyze, plan, generate, evaluate):
+    app.command()(with_model(command))
+app.command()(with_model(benchmark, tensor_parallel=False))
+app.command()(show)
 
 
 def print_version(wanted: bool) -> None:

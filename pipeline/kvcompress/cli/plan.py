@@ -5,22 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvcompress.cli.common import (
-    AsJson,
-    Device,
-    DeviceMap,
-    Dtype,
-    Model,
-    Revision,
-    Texts,
-    TpPlan,
-    Trust,
-    model_params,
-    open_model,
-    print_json,
-    read_texts,
-    share_of,
-)
+from kvcompress.cli.options import AsJson, Documents, ModelOptions, Texts, print_json, read_texts, share_of
 from kvcompress.core.errors import InputError
 from kvcompress.planning.params import BudgetParams
 
@@ -34,7 +19,7 @@ BALANCE, EARLY = (BudgetParams.model_fields[name].default for name in ("balance"
 
 
 def require_possible(policy: str, classifications: Path | None) -> None:
-    """Raise `InputError` for a policy that does not exist, or has no classification file that it needs."""
+    """Raise `InputError` for an unknown policy, or if a classification file is needed and missing."""
     from kvcompress.planning.policies import POLICIES
 
     if policy not in POLICIES:
@@ -44,7 +29,7 @@ def require_possible(policy: str, classifications: Path | None) -> None:
 
 
 def require_heeded(policy: str, balance: float | None, early: float | None, budget: list[str] | None) -> None:
-    """Raise `InputError` for an option that this policy would not look at."""
+    """Raise `InputError` for an option that this policy ignores."""
     from kvcompress.planning.policies import WITHOUT_BUDGET, WITHOUT_PRICES
 
     if early is not None and policy != "select":
@@ -56,12 +41,12 @@ def require_heeded(policy: str, balance: float | None, early: float | None, budg
 
 
 def prices_beside(output: Path, plans: int) -> Path:
-    """Where prices go that nobody gave a place: beside the plan, or into the folder of several."""
+    """Return the default file of prices: next to the plan, or in the folder of several plans."""
     return output.with_name(f"{output.stem}-prices.safetensors") if plans == 1 else output / "prices.safetensors"
 
 
 def unpriced(model: "PreTrainedModel") -> "Sensitivity":
-    """What a plan by no prices has to know: the model's heads."""
+    """Return prices without any value, for a policy that needs only the number of heads."""
     import numpy as np
 
     from kvcompress.models.architecture import Architecture
@@ -75,7 +60,7 @@ def unpriced(model: "PreTrainedModel") -> "Sensitivity":
 
 
 def plan(
-    model: Model,
+    options: ModelOptions,
     budget: Annotated[
         list[str] | None,
         typer.Option(help="25%, '512 tokens' for each KV head, or '40 MB' (repeatable) [default: 25%]."),
@@ -107,14 +92,8 @@ def plan(
         "plan.json"
     ),
     max_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each document that heads are priced on.")] = 2048,
-    documents_per_text: Annotated[int, typer.Option(min=1, help="Documents taken from each text.")] = 2,
+    documents_per_text: Documents = 2,
     facts_per_context: Annotated[int, typer.Option(min=1, help="Facts in each text that is asked about.")] = 2,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    tp_plan: TpPlan = None,
-    revision: Revision = "main",
-    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a retention plan: what every KV head may keep.
@@ -133,7 +112,7 @@ def plan(
     amounts = [Budget.parse(one) for one in budget or ["25%"]]
     require_possible(policy, classifications)  # heads are priced for minutes before a plan is made
     require_heeded(policy, balance, early, budget)
-    params = model_params(model, device, dtype, device_map, revision, trust_remote_code, tp_plan)
+    options.check()
 
     from kvcompress.cli.head_map import plan_map
     from kvcompress.core.params import override
@@ -144,7 +123,7 @@ def plan(
     from kvcompress.sensitivity.params import SensitivityParams
     from kvcompress.sensitivity.prices import Sensitivity
 
-    loaded, tokenizer, record = open_model(params)
+    loaded, tokenizer, record = options.open()
     if sensitivity and sensitivity.is_file():
         found = Sensitivity.load(sensitivity)
         found.require_model(record.id, record.revision, sensitivity)
@@ -158,7 +137,7 @@ def plan(
             facts_per_context=facts_per_context,
         )
         found = measure_sensitivity(loaded, tokenizer, read_texts(text), settings, progress=not as_json)
-        found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": dtype}
+        found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": options.dtype}
     if not distributed.leave():  # every process has the prices, one goes on
         return
     prices = sensitivity or (None if policy in WITHOUT_PRICES else prices_beside(output, len(amounts)))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import AsJson, print_json
+from kvcompress.cli.options import AsJson, print_json
 from kvcompress.core.errors import InputError
 
 FIELDS = ("mean_entropy", "normalized_entropy", "sink_ratio", "local_ratio", "max_attention_mean", "induction_score")
@@ -58,7 +58,7 @@ def show(
 
 
 def show_prices(file: Path, window: int, as_json: bool) -> None:
-    """Price of one window, and what heads carry of far facts, of every KV head."""
+    """Print the price of one window, and the share of answers about far facts, of every KV head."""
     from kvcompress.cli.head_map import number_map
     from kvcompress.sensitivity.prices import Sensitivity
 

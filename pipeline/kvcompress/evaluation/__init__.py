@@ -1,1 +1,1 @@
-"""What measuring and compressing costs and saves: speed, memory, quality."""
+"""Quality, retrieval, speed and memory of compressed caches, compared at equal bytes."""

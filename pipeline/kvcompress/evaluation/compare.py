@@ -1,18 +1,27 @@
-"""An ablation: contenders on the same documents and cases, compared only at equal bytes, with intervals and in words."""
+"""Comparison of contenders at equal bytes: the same documents and facts for all, differences with intervals.
 
-from collections.abc import Mapping, Sequence
+Two protocols, see `perplexity`. Rows of both have the same fields; `protocol` tells them apart.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcompress.evaluation.contenders import FULL_CACHE, Contender
+from kvcompress.evaluation.contenders import Contender, beyond_contenders, compressors_of
 from kvcompress.evaluation.environment import environment
-from kvcompress.evaluation.intervals import Interval, paired_difference, wilson
-from kvcompress.evaluation.params import ScoringParams
-from kvcompress.evaluation.perplexity import Documents, Score, score_contenders
-from kvcompress.evaluation.retrieval import retrieve
-from kvcompress.texts.corpora import documents_of_all
+from kvcompress.evaluation.intervals import Interval, paired_difference
+from kvcompress.evaluation.params import AblationParams, ScoringParams
+from kvcompress.evaluation.perplexity import FULL_CACHE, Documents, QualityResult, score_contenders
+from kvcompress.evaluation.results import ResultStore
+from kvcompress.evaluation.retrieval import retrieval_rows, retrieve
+from kvcompress.texts.corpora import documents, documents_of_all
 from kvcompress.texts.retrieval_tasks import Case, make_cases
+
+STREAMING, CONTINUATION = "streaming", "continuation"  # protocols
+BEYOND_WINDOW = 1024  # predicted tokens a point, past the trained context
+
+Row = dict[str, Any]
 
 
 def compare(
@@ -22,44 +31,88 @@ def compare(
     texts: Mapping[str, str],
     contenders: Mapping[str, Contender],
     params: ScoringParams,
+    streaming: Collection[str] | None = None,
+    context: int = 0,
+    store: ResultStore | None = None,
 ) -> dict[str, Any]:
-    """A whole result: the contenders on evaluation `texts` (name -> text), and where it was made.
+    """Compare contenders on evaluation `texts` (name -> text).
 
-    Raises `InputError` for texts too short.
+    Parameters
+    ----------
+    streaming, context, store: see `compare_documents`.
+
+    Returns `{"model", "texts", "environment", "settings", "rows"}`, with `context` also "continuation": one row a
+    contender and protocol. Raises `InputError` for texts too short.
     """
-    length, depths = params.max_tokens, params.retrieval_depths
-    batch = documents_of_all(tokenizer, texts, length, params.documents_per_text)
-    cases = make_cases(tokenizer, texts, params.retrieval_lengths, depths, params.retrieval_per_depth)
-    rows = run_ablation(model, batch, cases, contenders, params)
-    result = {"model": model_id, "texts": list(texts), "environment": environment(model)}
-    return result | {"settings": params.model_dump(), "rows": rows}
+    batch = documents_of_all(tokenizer, texts, params.max_tokens, params.documents_per_text)
+    places = params.retrieval_lengths, params.retrieval_depths, params.retrieval_per_depth
+    cases = make_cases(tokenizer, texts, *places, tasks=params.retrieval_tasks)
+    found = compare_documents(model, batch, cases, contenders, params, streaming, context, store)
+    origin = {"model": model_id, "texts": list(texts), "environment": environment(model)}
+    return origin | {"settings": params.model_dump()} | found
 
 
-def run_ablation(
+def compare_documents(
     model: PreTrainedModel,
     batch: Documents,
     cases: Sequence[Case],
     contenders: Mapping[str, Contender],
     params: ScoringParams,
-) -> list[dict[str, Any]]:
-    """One row a contender, in their order; see `row`."""
-    compressors = {name: contender.compressor for name, contender in contenders.items()}
-    scores = score_contenders(model, batch, compressors, params.chunk_size, params.rank_every)
-    found = retrieve(model, cases, compressors, params.retrieval_prefill, params.chunk_size)
-    return [row(contender, scores, cases, found[name]) for name, contender in contenders.items()]
+    streaming: Collection[str] | None = None,
+    context: int = 0,
+    store: ResultStore | None = None,
+) -> dict[str, list[Row]]:
+    """Compare contenders on these documents and facts.
+
+    Parameters
+    ----------
+    streaming: names of contenders that are scored in the streaming protocol, to which the full cache and their rivals
+        are added [default: all].
+    context: tokens of an exact prefill, after which all contenders are scored in the continuation protocol [default: 0,
+        that protocol is left out].
+    store: results to reuse, and where new ones are kept.
+
+    Returns "rows" of the streaming protocol, and "continuation" if there is a context; see `row`.
+    """
+    compressors = compressors_of(contenders)
+    found = retrieve(model, cases, compressors, params.retrieval_prefill, params.chunk_size, store=store)
+    named = set(contenders if streaming is None else streaming)
+    named |= {rival for name in named if (rival := contenders[name].rival)} | ({FULL_CACHE} if named else set())
+    fields: dict[str, tuple[str, int, list[str]]] = {
+        "rows": (STREAMING, 0, [name for name in contenders if name in named])
+    }
+    if context:
+        fields["continuation"] = (CONTINUATION, context, list(contenders))
+    result: dict[str, list[Row]] = {}
+    for field, (protocol, first, names) in fields.items():
+        chosen = {name: compressors[name] for name in names}
+        sizes = params.chunk_size, params.rank_every
+        scores = score_contenders(model, batch, chosen, *sizes, context=first, store=store) if names else {}
+        result[field] = [row(contenders[name], contenders, scores, protocol, cases, found[name]) for name in names]
+    return result
 
 
 def row(
-    contender: Contender, scores: Mapping[str, Score], cases: Sequence[Case], answered: Sequence[bool]
-) -> dict[str, Any]:
-    """What is known of one contender: bytes, quality by text and pooled, differences with intervals, retrieval."""
+    contender: Contender,
+    contenders: Mapping[str, Contender],
+    scores: Mapping[str, QualityResult],
+    protocol: str,
+    cases: Sequence[Case],
+    answered: Sequence[bool],
+) -> Row:
+    """Return a contender's bytes, quality by text and pooled, differences with intervals, and facts found.
+
+    Differences are NLL in nats a token. In the continuation protocol `nll_over` has the difference to each contender of
+    the same bytes.
+    """
     score, full = scores[contender.name], scores[FULL_CACHE]
-    first = min(contender.first_eviction, score.nll.shape[1] - 1)
-    result: dict[str, Any] = {
+    result: Row = {
         "name": contender.name,
         "family": contender.family,
         "ablation": contender.ablation,
+        "protocol": protocol,
         "share": round(score.nbytes_end / full.nbytes_end, 6),
+        "mean_share": round(score.nbytes_mean / full.nbytes_mean, 6),
         "nbytes_end": score.nbytes_end,
         "nbytes_mean": round(score.nbytes_mean),
         "nbytes_peak": score.nbytes_peak,
@@ -67,28 +120,40 @@ def row(
         "perplexity": round(score.perplexity(), 4),
         "perplexity_gmean": round(score.geometric_mean(), 4),
         "accuracy": round(score.mean("correct"), 6),
+        "same_top": round(score.mean("same_top"), 6),
         "kl": round(score.mean("kl"), 6),
         "texts": text_rows(score),
-        "after_eviction": {
+    }
+    if protocol == STREAMING:
+        first = min(contender.first_eviction, score.nll.shape[1] - 1)
+        result["after_eviction"] = {
             "first_query": first,
             "tokens": score.nll[:, first:].size,
             "perplexity": round(score.perplexity(first=first), 4),
             "full_cache": round(full.perplexity(first=first), 4),
-        },
-        "nll_over_full": rounded(paired_difference(score.nll, full.nll)),
-        "seconds": round(score.seconds, 2),
-        "read": "real cache, keys ranked after every pass"
-        if contender.plan is None
-        else "real cache, streaming prefill",
-    }
+        }
+    result["nll_over_full"] = rounded(paired_difference(score.nll, full.nll))
+    result["seconds"] = round(score.seconds, 2)
+    if protocol == STREAMING:
+        ranked = contender.plan is None
+        result["read"] = f"real cache, {'keys ranked after every pass' if ranked else 'streaming prefill'}"
+    else:
+        result["read"] = "real cache, exact prefill"
     if contender.rival:
         result["rival"] = rival_row(score, contender.rival, scores[contender.rival])
+        if protocol == CONTINUATION:
+            equal = (one.name for one in contenders.values() if contender.rival in (one.name, one.rival))
+            result["nll_over"] = {
+                name: rounded(paired_difference(score.nll, scores[name].nll))
+                for name in equal
+                if name != contender.name
+            }
     result["retrieval"] = retrieval_rows(cases, answered)
     return result
 
 
-def text_rows(score: Score) -> dict[str, dict[str, float]]:
-    """Quality text by text."""
+def text_rows(score: QualityResult) -> dict[str, dict[str, float]]:
+    """Return quality text by text."""
     return {
         text: {
             "perplexity": round(score.perplexity(text), 4),
@@ -99,8 +164,8 @@ def text_rows(score: Score) -> dict[str, dict[str, float]]:
     }
 
 
-def rival_row(score: Score, name: str, rival: Score) -> dict[str, Any]:
-    """How a contender does against its rival called `name`: ratios of bytes and perplexities, difference in NLL."""
+def rival_row(score: QualityResult, name: str, rival: QualityResult) -> Row:
+    """Return ratios of bytes and perplexities to the rival called `name`, and the difference in NLL."""
     return {
         "name": name,
         "bytes": round(score.nbytes_end / rival.nbytes_end, 6),
@@ -117,45 +182,27 @@ def rounded(interval: Interval) -> dict[str, float]:
     return {"mean": round(interval.mean, 5), "low": round(interval.low, 5), "high": round(interval.high, 5)}
 
 
-def retrieval_rows(cases: Sequence[Case], answered: Sequence[bool]) -> dict[str, Any]:
-    """Share of each task's cases answered, with Wilson interval, by length and depth, and of needles by their kind."""
-    result: dict[str, Any] = {}
-    for task in dict.fromkeys(case.task for case in cases):
-        mine = [(case, right) for case, right in zip(cases, answered, strict=True) if case.task == task]
-        interval = wilson(sum(right for _, right in mine), len(mine))
-        grid: dict[tuple[int, float], list[bool]] = {}
-        for case, right in mine:
-            grid.setdefault((case.length, case.depth), []).append(right)
-        cells = [
-            {"length": length, "depth": depth, "correct": sum(rights), "total": len(rights)}
-            for (length, depth), rights in grid.items()
-        ]
-        result[task] = {
-            "correct": sum(right for _, right in mine),
-            "total": len(mine),
-            "share": round(interval.mean, 4),
-            "low": round(interval.low, 4),
-            "high": round(interval.high, 4),
-            "grid": cells,
-        }
-        kinds = dict.fromkeys(case.kind for case, _ in mine if case.kind)
-        if kinds:
-            of_kind = {kind: [right for case, right in mine if case.kind == kind] for kind in kinds}
-            result[task]["kinds"] = {
-                kind: {"correct": sum(rights), "total": len(rights)} for kind, rights in of_kind.items()
-            }
-    return result
+def stream_beyond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    params: AblationParams,
+    classifications: str | None,
+    trained: int,
+) -> dict[str, Any]:
+    """Stream `params.beyond_tokens` tokens of the longest text through bounded caches, past the `trained` context.
 
-
-def metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The few numbers a contender that `dvc metrics` compares."""
-    return {
-        row["name"]: {
-            "share": row["share"],
-            "perplexity": row["perplexity"],
-            "accuracy": row["accuracy"],
-            "kl": row["kl"],
-            **{task: result["share"] for task, result in row["retrieval"].items()},
-        }
-        for row in rows
-    }
+    Returns `{"text", "context", "rows"}` with one row a contender and window of BEYOND_WINDOW tokens: mean NLL in nats,
+    and bytes held at its end. Raises `InputError` for a text too short.
+    """
+    name, longest = max(texts.items(), key=lambda item: len(item[1]))
+    (tokens,) = documents(tokenizer, name, longest, params.beyond_tokens, 1)
+    contenders = beyond_contenders(model.config, classifications, params.sizes[-2])
+    size = params.chunk_size
+    scores = score_contenders(model, {name: [tokens]}, compressors_of(contenders), size, size, references=False)
+    rows = []
+    for contender, score in scores.items():
+        for last in range(BEYOND_WINDOW, score.nll.shape[1] + 1, BEYOND_WINDOW):
+            nll, held = score.nll[0, last - BEYOND_WINDOW : last], score.held[0, -(-last // size) - 1]
+            rows.append({"name": contender, "tokens": last, "nll": round(float(nll.mean()), 4), "nbytes": int(held)})
+    return {"text": name, "context": trained, "rows": rows}

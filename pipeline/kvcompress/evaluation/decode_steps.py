@@ -1,19 +1,22 @@
-"""One decode step with compressed caches and with transformers' own, in turns, so that a busy machine slows all of them.
+"""Time of one decode step with compressed caches and with the default cache of transformers, and how it grows.
 
-Two things are timed: the whole decode step of the model, and append + attention of all layers alone. Caches are filled
-with random keys and values, because the time does not depend on them. It measures time, not quality, and no memory
-beyond the bytes that a cache holds.
+Two things are timed, all caches in turns: the whole decode step of the model, and append + attention of all layers alone.
+Caches are filled with random keys and values, because the time does not depend on them.
+
+The lower limit of a step is one read of all weights and of all bytes of the cache, and of append + attention one read of
+the cache, at the speed of copying a large tensor on the same device just before.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -22,17 +25,20 @@ from kvcompress.cache.storage import storage_bytes
 from kvcompress.core.errors import InputError
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, Retention
+from kvcompress.evaluation.params import FULL as FULL_CACHE
+from kvcompress.evaluation.params import BenchmarkParams
 from kvcompress.evaluation.timing import Spread, devices_of, timed, times_faster
 from kvcompress.methods.head_aware_compress import HeadAwareCompressor
 from kvcompress.models.architecture import Architecture
+from kvcompress.scores.selection_rule import kept_query_slots
 
 DENSE = "DynamicCache"
-WARM_UP = 2  # rounds that are thrown away
+WARM_UP = 2  # untimed rounds
 
 
 @dataclass
 class Cost:
-    """One contender at one context: median milliseconds with percentiles; ratios say how much faster than `DENSE`."""
+    """Cost of one cache at one context: median milliseconds with percentiles, and how many times faster than DENSE."""
 
     contender: str
     context: int
@@ -49,14 +55,14 @@ class Cost:
 
 
 def appended(rounds: int) -> int:
-    """Tokens that `measure` appends to every cache: one a step, and one a time that attention runs alone."""
+    """Return how many tokens `measure` appends to every cache: one a step, and one each time attention runs alone."""
     return 2 * (rounds + WARM_UP)
 
 
 def plan_of(config: Any, context: int, share: float, full_heads: float) -> RetentionPlan:
-    """A plan that keeps `share` of the slots at `context` tokens: a fraction of heads full, the rest 4 sinks + window.
+    """Return a plan that keeps `share` of the slots at `context` tokens: a fraction of heads full, the rest sinks + window.
 
-    Raises `InputError` where the full heads alone exceed the share.
+    Raises `InputError` if the full heads alone exceed the share.
     """
     shape = Architecture.of_config(config)
     heads = shape.num_layers * shape.num_key_value_heads
@@ -85,7 +91,7 @@ def fill(cache: Any, config: Any, batch: int, context: int, dtype: torch.dtype, 
 
 
 def attention_step(cache: Any, query: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Append one token to every layer and attend, with nothing of the model around it."""
+    """Append one token to every layer and attend, without the rest of the model."""
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // keys.shape[1], is_causal=True)
     for layer in cache.layers:
         if isinstance(cache, DynamicCache):
@@ -96,7 +102,7 @@ def attention_step(cache: Any, query: Tensor, keys: Tensor, values: Tensor) -> N
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of K and V behind a compressed cache or a `DynamicCache` now, in the memory that they really take."""
+    """Return the bytes of storage behind keys and values of a compressed cache or a `DynamicCache`."""
     if isinstance(cache, RaggedCache):
         return cache.nbytes
     return storage_bytes(held for layer in cache.layers if layer.is_initialized for held in (layer.keys, layer.values))
@@ -106,7 +112,7 @@ def held_bytes(cache: Any) -> int:
 def measure(
     model: PreTrainedModel, plans: Mapping[str, RetentionPlan], context: int, batch: int, rounds: int
 ) -> list[Cost]:
-    """Time every plan and `DynamicCache` in turns, `rounds` times each after `WARM_UP` rounds that are thrown away.
+    """Time every plan and `DynamicCache` in turns, `rounds` times each after WARM_UP untimed rounds.
 
     Caches start with `context` tokens and have `appended(rounds)` more at the end, where their bytes are counted.
     """
@@ -140,3 +146,56 @@ def measure(
         spreads = [*Spread.of(step), of_step, *Spread.of(attention), of_attention]
         costs.append(Cost(name, context, batch, held_bytes(cache) / 1e6, *spreads))
     return costs
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that a decode step reads: all, except an input embedding that is not the output too."""
+    rows = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is rows
+    return sum(weight.nbytes for weight in model.parameters()) - (0 if tied else rows.nbytes)
+
+
+def require_room(params: BenchmarkParams, max_context: int, model: str) -> None:
+    """Raise `InputError` if a context does not fit the model, or the appended tokens do not fit a context."""
+    for context in params.growth_contexts:
+        if context > max_context:
+            raise InputError(
+                f"benchmark.growth_contexts has {context}, but the context of {model} ends at {max_context}"
+            )
+        if context <= appended(params.growth_rounds):
+            raise InputError(
+                f"benchmark.growth_contexts has {context}, expected more than the {appended(params.growth_rounds)} "
+                f"tokens that {params.growth_rounds} growth_rounds append"
+            )
+
+
+def decode_growth(
+    model: PreTrainedModel,
+    plans: Mapping[str, RetentionPlan],
+    params: BenchmarkParams,
+    bandwidth: float,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Return one row a context, batch and cache: full, uniform at `params.share` of that context, and the plans.
+
+    Caches end at `context` tokens. bandwidth: bytes a second. Limits are milliseconds. Plans that select by queries are
+    left out, because a cache of random keys has no queries.
+    """
+    weights, rows = weight_bytes(model), []
+    plans = {name: plan for name, plan in plans.items() if not kept_query_slots(plan)}
+    cells = [(context, batch) for context in params.growth_contexts for batch in params.growth_batches]
+    for context, batch in tqdm(cells, desc="decode growth", unit="cell", disable=not progress):
+        uniform = plan_of(model.config, context, params.share, 0.0)
+        contenders = {f"uniform {params.share:.0%}": uniform, **plans}
+        start = context - appended(params.growth_rounds)
+        for cost in measure(model, contenders, start, batch, params.growth_rounds):
+            held = cost.megabytes * 1e6
+            row = asdict(cost) | {
+                "contender": FULL_CACHE if cost.contender == DENSE else cost.contender,
+                "context": context,
+            }
+            row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+            row |= {"step_limit_ms": round(1000 * (weights + held) / bandwidth, 4)}
+            rows.append(row | {"attention_limit_ms": round(1000 * held / bandwidth, 4)})
+    return rows

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-BLOCK = 64  # predicted tokens a block: neighbours depend on one another, blocks much less
+BLOCK = 64  # predicted tokens a block: neighbouring tokens depend on each other, blocks much less
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 
@@ -19,7 +19,7 @@ class Interval(NamedTuple):
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
-    """Mean of `first - second`, both `[document, token]` on the same tokens, by bootstrap over blocks of tokens.
+    """Return the mean of `first - second`, both `[document, token]`, with a bootstrap interval over blocks of tokens.
 
     Tokens of one text are not independent, so blocks of about `BLOCK` consecutive tokens of a document are drawn
     (Künsch 1989). Percentile bootstrap: scipy.stats.bootstrap.
@@ -42,6 +42,6 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
 
 
 def wilson(correct: int, total: int) -> Interval:
-    """A share of successes with its Wilson score interval (Wilson 1927): scipy.stats.binomtest."""
+    """Return a share of successes with its Wilson score interval (Wilson 1927): scipy.stats.binomtest."""
     interval = stats.binomtest(correct, total).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(correct / total, float(interval.low), float(interval.high))

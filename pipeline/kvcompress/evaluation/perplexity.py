@@ -1,16 +1,15 @@
-"""Perplexity, next-token accuracy and KL to the full cache, token by token, through the real cache.
+"""Perplexity, next-token accuracy and divergence from the full cache, token by token, through the real cache.
 
-A document streams through the model in chunks; every query sees exactly what its heads still hold, so what is scored is
-what a user gets, and the bytes are those of the cache that was read. Reading a document in one masked pass gives the
-same (`tests.reference.oracle.judged`; a test holds the two together), where content decides with its choices recorded before.
-
-A continuation is scored after an exact prefill: the context is read in one pass by the contender's own cache, so that
-whoever chooses by queries has them, compressed once, and what follows goes on in the compressed cache.
+Two protocols. *Streaming*: a document is fed in chunks and every query sees what its heads still hold. *Continuation*: the
+first tokens of a document are read in one exact prefill and compressed, then the rest is fed in chunks.
+Bytes are those of the cache that was read. The mask oracle of the tests gives the same numbers.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,95 +18,137 @@ from transformers import PreTrainedModel
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError
-from kvcompress.methods.compressor import Compressor, PlanCompressor
+from kvcompress.core.retention import FULL
+from kvcompress.evaluation.prefill import read_prompt
+from kvcompress.evaluation.results import ResultStore, hash_of, settings_of
+from kvcompress.methods.compressor import Compressor, PlanCompressor, UniformCompressor
 from kvcompress.models import distributed
 from kvcompress.models.load import input_device
 from kvcompress.models.tensor_parallel import sum_over_shards
 
 Documents = Mapping[str, Sequence[Tensor]]  # text -> documents, each 1-D token ids, all of one length
 
-MEASURES = ("nll", "correct", "kl")  # of every predicted token
+FULL_CACHE = "full cache"  # name of the contender that all others are compared with
+MEASURES = ("nll", "correct", "same_top", "kl")  # of every predicted token
 
 
 @dataclass
-class Score:
-    """One contender on all documents; arrays are `[document, predicted token]`, for tokens 1 ... T - 1 of each, or from
-    the second one after a context on.
+class QualityResult:
+    """One contender on all documents.
 
-    nll: negative log-likelihood, nats. correct: 1 where the most likely token was the right one. kl: divergence
-    KL(full cache || this), nats. Bytes are those of K and V really held, slack counted, and of what a choice of keys goes
-    by: at the end of a document, mean over the passes, and the most at any time; of a model split among processes the sum
-    of what each of them holds. `seconds` is the time of all its
-    forward passes.
+    Parameters
+    ----------
+    texts: the text that each document is from.
+    nll: negative log-likelihood of each predicted token, nats, `[document, token]`: tokens 1 ... T - 1, after a context
+        from its second token on, because the first is predicted before anything is evicted.
+    correct: 1 where the most likely token is the right one, `[document, token]`.
+    same_top: 1 where the most likely token is that of the full cache, `[document, token]`.
+    kl: divergence KL(full cache || this cache), nats, `[document, token]`.
+    held: bytes held after each forward pass, `[document, pass]`: keys and values with slack, and what keys are selected
+        by. Summed over the processes of a split model.
+    nbytes_peak: the most bytes held at any time.
+    seconds: time of the contender's own forward passes, summed over processes.
     """
 
-    texts: list[str]  # of each document
+    texts: list[str]
     nll: np.ndarray
     correct: np.ndarray
+    same_top: np.ndarray
     kl: np.ndarray
-    nbytes_end: int
-    nbytes_mean: float
+    held: np.ndarray
     nbytes_peak: int
     seconds: float
 
+    @property
+    def nbytes_end(self) -> int:
+        """Bytes held at the end of a document."""
+        return int(self.held[-1, -1])
+
+    @property
+    def nbytes_mean(self) -> float:
+        """Mean bytes held over the passes of a document."""
+        return float(np.mean(self.held[-1]))
+
     def rows(self, text: str | None) -> list[int]:
+        """Return the indices of a text's documents, None for all."""
         return [i for i, name in enumerate(self.texts) if text in (None, name)]
 
-    def mean(self, what: str, text: str | None = None, first: int = 0) -> float:
-        """Mean of `nll`, `correct` or `kl` over one text or all, from predicted token `first` of each document on."""
-        return float(getattr(self, what)[self.rows(text), first:].mean())
+    def mean(self, measure: str, text: str | None = None, first: int = 0) -> float:
+        """Return the mean of one of MEASURES over one text or all, from predicted token `first` of each document on."""
+        return float(getattr(self, measure)[self.rows(text), first:].mean())
 
     def perplexity(self, text: str | None = None, first: int = 0) -> float:
-        """exp of the mean NLL."""
+        """Return exp of the mean NLL."""
         return float(np.exp(self.mean("nll", text, first)))
 
     def geometric_mean(self) -> float:
-        """Geometric mean of the texts' perplexities: every text counts the same."""
+        """Return the geometric mean of the texts' perplexities, in which every text has the same weight."""
         return float(np.exp(np.mean([self.mean("nll", text) for text in dict.fromkeys(self.texts)])))
 
 
+class Reference:
+    """Predictions of the full cache: log-probabilities `[token, vocabulary]` and most likely tokens `[token]`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.log_probs: Tensor | None = None
+        self.top: Tensor | None = None
+
+    def record(self, first: int, log_probs: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the full cache's predictions from token `first` on; return `compare` of them with themselves."""
+        if self.log_probs is None or self.top is None:
+            self.log_probs = log_probs.new_empty(self.count, log_probs.shape[1])
+            self.top = top.new_empty(self.count)
+        self.log_probs[first : first + len(top)], self.top[first : first + len(top)] = log_probs, top
+        return torch.ones(len(top)), torch.zeros(len(top))
+
+    def compare(self, first: int, log_probs: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for predictions from token `first` on: 1 where the most likely token is the same, and KL, `[token]`."""
+        assert self.log_probs is not None
+        assert self.top is not None
+        full = self.log_probs[first : first + len(top)]
+        same = top == self.top[first : first + len(top)]
+        return same.float().cpu(), (full.exp() * (full - log_probs)).sum(-1).cpu()
+
+
+Compare = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def no_reference(first: int, log_probs: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand for a reference where none is wanted: all values are NaN."""
+    return torch.full((len(top),), torch.nan), torch.full((len(top),), torch.nan)
+
+
 def streaming_cache(compressor: Compressor, model: PreTrainedModel) -> RaggedCache:
-    """A cache that never attends beyond what it holds; a method that ranks keys ranks them after every pass."""
+    """Return an empty cache that never attends beyond what it holds.
+
+    Methods that rank keys do so after every pass, and their passes attend in full.
+    """
     if isinstance(compressor, PlanCompressor):
         return compressor.new_cache(model.config, prefill="streaming")
     return compressor.new_cache(model.config)
 
 
-def full_log_probs(model: PreTrainedModel, tokens: Tensor, context: int = 0) -> Tensor:
-    """Log-probabilities of the next token after each of `tokens` `[token]` with the whole past: `[token, vocabulary]`.
-
-    Of the first `context` tokens there are none.
-    """
-    keep = len(tokens) - context
-    logits = model(tokens[None].to(input_device(model)), use_cache=False, logits_to_keep=keep).logits[0]
-    return torch.log_softmax(logits.float(), -1)
-
-
 def score_document(
-    model: PreTrainedModel, tokens: Tensor, reference: Tensor, cache: RaggedCache, chunk_size: int, context: int = 0
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Per-token nll, correct and kl of one document, and the bytes the cache held after each pass.
+    model: PreTrainedModel, tokens: Tensor, cache: RaggedCache, chunk_size: int, compare: Compare = no_reference
+) -> tuple[Tensor, list[int]]:
+    """Feed the tokens that the cache has not seen and score each prediction. The model must be attached.
 
-    `reference` are the `full_log_probs` of the same tokens and context. The model must be attached. The first `context`
-    tokens are read in one pass and not scored.
+    Returns MEASURES `[measure, token]` and the bytes held after each pass, a prefill that was before included.
     """
-    pieces: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
-    held = []
-    tokens = tokens.to(reference.device)
-    if context:
-        model(tokens[None, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        held.append(cache.held_nbytes)
-    for start in range(context, len(tokens), chunk_size):
+    pieces, held = [], [cache.held_nbytes] if cache.seen else []
+    tokens, first = tokens.to(input_device(model)), cache.seen
+    for start in range(first, len(tokens), chunk_size):
         chunk = tokens[start : start + chunk_size]
         logits = model(chunk[None], past_key_values=cache, use_cache=True).logits[0]
         held.append(cache.held_nbytes)
-        target = tokens[start + 1 : start + 1 + len(chunk)]  # one fewer in the last chunk
+        target = tokens[start + 1 : start + 1 + len(chunk)].to(logits.device)  # one fewer in the last chunk
         log_probs = torch.log_softmax(logits[: len(target)].float(), -1)
-        full = reference[start - context : start - context + len(target)]
-        pieces["nll"].append(-log_probs.gather(1, target[:, None])[:, 0])
-        pieces["correct"].append((log_probs.argmax(-1) == target).float())
-        pieces["kl"].append((full.exp() * (full - log_probs)).sum(-1))
-    return {name: torch.cat(parts).double().cpu().numpy() for name, parts in pieces.items()}, held
+        top = log_probs.argmax(-1)
+        same, kl = compare(start - first, log_probs, top)
+        nll = -log_probs.gather(1, target[:, None])[:, 0]
+        pieces.append(torch.stack([nll.cpu(), (top == target).float().cpu(), same, kl]))
+    return torch.cat(pieces, 1).double(), held
 
 
 def score_contenders(
@@ -118,75 +159,105 @@ def score_contenders(
     rank_every: int = 64,
     progress: bool = True,
     context: int = 0,
-) -> dict[str, Score]:
-    """Every contender's `Score` on all documents, streaming prefill in chunks of `chunk_size` tokens.
+    references: bool = True,
+    store: ResultStore | None = None,
+) -> dict[str, QualityResult]:
+    """Score every contender on all documents.
 
-    With `context` that many tokens of each are an exact prefill in one pass, and only what follows is scored.
+    Parameters
+    ----------
+    chunk_size, rank_every: tokens a pass of plans, and of methods that rank keys after every pass.
+    context: tokens of each document that are read in one exact prefill and not scored; 0 for streaming.
+    references: compare with the full cache, which is read in any case then; if False, `same_top` and `kl` are NaN.
+    store: results to reuse, and where new ones are kept.
 
-    Methods that rank keys by content get `rank_every` tokens at a time: each of their passes sees itself in full.
-
-    Documents are the outer loop, so that the full cache's distributions (`tokens x vocabulary` floats) exist for one at
-    a time. Processes that share the work (`kvcompress.models.distributed`) read some documents each; `seconds` adds up over them.
-    Raises `InputError` where documents differ in length or have nothing to score.
+    Documents are the outer loop, because the full cache's distributions (tokens x vocabulary floats) of one document fit
+    in memory. Processes that share the work (`kvcompress.models.distributed`) read some documents each.
+    Raises `InputError` if documents differ in length or have nothing to score.
     """
     batch = [(text, tokens) for text, found in documents.items() for tokens in found]
     if len({len(tokens) for _, tokens in batch}) != 1:
         raise InputError(f"documents to score must have one length, found {sorted({len(t) for _, t in batch})} tokens")
-    if any(not 0 <= context < len(tokens) - 1 for _, tokens in batch):
-        raise InputError(f"context is {context} tokens, expected 0 to {len(batch[0][1]) - 2} of a document")
-    own = distributed.mine([len(tokens) for _, tokens in batch])
-    arrays: dict[int, Tensor] = {}  # document -> [contender, measure, predicted token]
-    costs: dict[int, Tensor] = {}  # document -> [contender, (bytes at the end, mean and peak bytes, seconds)]
-    total = len(own) * len(contenders)
-    with torch.inference_mode(), distributed.progress(total, "perplexity", "run", progress) as bar:
-        for i in own:
-            tokens = batch[i][1]
-            reference = full_log_probs(model, tokens, context)
-            found, spent = [], []
-            for compressor in contenders.values():
-                size = chunk_size if isinstance(compressor, PlanCompressor) else min(rank_every, chunk_size)
-                start = time.perf_counter()
-                with compressor.attached(model):
-                    cache = compressor.new_cache(model.config) if context else streaming_cache(compressor, model)
-                    scored, held = score_document(model, tokens, reference, cache, size, context)
-                seconds = time.perf_counter() - start
-                found.append(np.stack([scored[name] for name in MEASURES]))
-                peak = cache.peak_nbytes + cache.evidence_nbytes  # which stays as it is once there is any
-                spent.append([held[-1], float(np.mean(held)), peak, seconds])
-                bar.update()
-            arrays[i] = torch.from_numpy(np.stack(found))
-            costs[i] = torch.tensor(spent, dtype=torch.float64)
-    whole = torch.stack(
-        distributed.in_order(arrays, len(batch))
-    ).numpy()  # [document, contender, measure, predicted token]
-    costly = torch.stack(distributed.in_order(costs, len(batch)))
-    costly[..., :3] = sum_over_shards(costly[..., :3], model.config)
-    spending = costly.numpy()  # [document, contender, cost]
-    texts = [text for text, _ in batch]
-    return {
-        name: Score(
-            texts=texts,
-            **{measure: whole[:, i, j] for j, measure in enumerate(MEASURES)},
-            nbytes_end=int(spending[-1, i, 0]),
-            nbytes_mean=float(spending[-1, i, 1]),
-            nbytes_peak=int(spending[:, i, 2].max()),
-            seconds=float(spending[:, i, 3].sum()),
-        )
-        for i, name in enumerate(contenders)
+    length = len(batch[0][1])
+    if not 0 <= context < length - 1:
+        raise InputError(f"context is {context} tokens, expected 0 to {length - 2} of a document")
+    if distributed.one_model():
+        store = None  # each process counts the bytes of its own heads
+    own = distributed.mine([length] * len(batch))
+    sizes = {
+        name: chunk_size if isinstance(one, PlanCompressor) else min(rank_every, chunk_size)
+        for name, one in contenders.items()
     }
+    records: dict[int, Tensor] = {}  # document and contender -> see `packed`
+    label = f"after {context:,} tokens" if context else "streaming"
+    total = len(own) * len(contenders)
+    with torch.inference_mode(), distributed.progress(total, f"perplexity, {label}", "run", progress) as bar:
+        for i in own:
+            tokens, numbers = batch[i][1], dict(zip(contenders, count(i * len(contenders)), strict=False))
+            keys = {
+                name: ["quality", settings_of(one), hash_of(tokens.tolist()), sizes[name], context, references]
+                for name, one in contenders.items()
+            }
+            known = {name: store.get(key) for name, key in keys.items()} if store else {}
+            missing = {name: one for name, one in contenders.items() if known.get(name) is None}
+            for name in contenders:
+                if name not in missing:
+                    records[numbers[name]] = torch.tensor(known[name], dtype=torch.float64)
+                    bar.update()
+            for name, record in document_records(model, tokens, missing, sizes, context, references):
+                if name in missing:
+                    records[numbers[name]] = record
+                    if store and keys[name][1]:
+                        store.put(keys[name], record.tolist())
+                    bar.update()
+    found = distributed.in_order(records, len(batch) * len(contenders))
+    texts = [text for text, _ in batch]
+    return {name: result_of(texts, found[j :: len(contenders)], model) for j, name in enumerate(contenders)}
 
 
-def score_continuation(
+def document_records(
     model: PreTrainedModel,
-    documents: Documents,
+    tokens: Tensor,
     contenders: Mapping[str, Compressor],
+    sizes: Mapping[str, int],
     context: int,
-    chunk_size: int = 64,
-    progress: bool = True,
-) -> dict[str, Score]:
-    """Every contender's `Score` on what follows the first `context` tokens of all documents, after an exact prefill.
+    references: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Score contenders on one document; yield names and `packed` records.
 
-    The first token after the context is not scored: it is predicted before anything was forgotten, by all alike. The
-    mean of bytes is over the compressed context and every `chunk_size` tokens after it. Raises `InputError`.
+    With `references` the full cache comes first, even if it is no contender.
     """
-    return score_contenders(model, documents, contenders, chunk_size, chunk_size, progress, context)
+    if not contenders:
+        return
+    reference = Reference(len(tokens) - 1 - context)
+    order = dict(contenders)
+    if references:
+        order = {FULL_CACHE: contenders.get(FULL_CACHE) or UniformCompressor(FULL), **order}
+    caches = read_prompt(model, tokens[:context], order) if context else {}
+    for name, compressor in order.items():
+        start = time.perf_counter()
+        compare: Compare = no_reference
+        if references:
+            compare = reference.record if name == FULL_CACHE else reference.compare
+        with compressor.attached(model):
+            cache = caches.pop(name) if context else streaming_cache(compressor, model)
+            size = sizes.get(name, max(sizes.values()))
+            measures, held = score_document(model, tokens, cache, size, compare)
+        peak = cache.peak_nbytes + cache.evidence_nbytes  # the latter does not change once keys have been selected
+        yield name, packed(measures, held, peak, time.perf_counter() - start)
+
+
+def packed(measures: Tensor, held: Sequence[int], peak: int, seconds: float) -> Tensor:
+    """Return a contender's measurement of one document as one float64 tensor."""
+    return torch.cat([torch.tensor([seconds, len(held), peak, *held], dtype=torch.float64), measures.flatten()])
+
+
+def result_of(texts: list[str], records: Sequence[Tensor], model: PreTrainedModel) -> QualityResult:
+    """Return the result of one contender from the `packed` records of its documents."""
+    passes = int(records[0][1])
+    table = torch.stack(list(records))  # [document, ...]
+    nbytes = sum_over_shards(table[:, 2 : 3 + passes].contiguous(), model.config).numpy()
+    measures = table[:, 3 + passes :].view(len(texts), len(MEASURES), -1).numpy()
+    arrays: dict[str, Any] = {name: measures[:, j] for j, name in enumerate(MEASURES)}
+    peak, seconds = int(nbytes[:, 0].max()), float(table[:, 0].sum())
+    return QualityResult(texts, **arrays, held=nbytes[:, 1:], nbytes_peak=peak, seconds=seconds)

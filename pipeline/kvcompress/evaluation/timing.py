@@ -1,7 +1,4 @@
-"""What a clock and a device's own counters say: time of a call, its spread, speed of memory, memory of one contender.
-
-A call's time includes the work it left to a GPU. Nothing here knows what is timed.
-"""
+"""Clock and memory counters: time of a call and its spread, memory bandwidth, memory of one contender."""
 
 import resource
 import sys
@@ -30,24 +27,24 @@ class Spread(NamedTuple):
 
 
 def times_faster(reference: Sequence[float], own: Sequence[float]) -> float:
-    """Median of the ratios of two runs that took turns: what slows a machine for a while slows both of a pair."""
+    """Return the median of the ratios of two runs that took turns, so that a slow phase of the machine affects both."""
     return float(np.median(np.divide(reference, own)))
 
 
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
-    """Every device that holds weights of the model."""
+    """Return every device that holds weights of the model."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def synchronize(devices: Collection[torch.device]) -> None:
-    """Wait until GPUs have done what they were given."""
+    """Wait until GPUs have finished."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 def timed(act: Callable[[], Result], devices: Collection[torch.device]) -> tuple[Result, float]:
-    """What a call returns, and the milliseconds it takes, the devices' work included."""
+    """Return the result of a call and the milliseconds it takes, with the work it starts on devices."""
     synchronize(devices)
     start = time.perf_counter()
     result = act()
@@ -56,7 +53,7 @@ def timed(act: Callable[[], Result], devices: Collection[torch.device]) -> tuple
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 5) -> float:
-    """Bytes a second, read and written, of copying a tensor too large for any processor cache; the best of `rounds`."""
+    """Return bytes a second, read and written, of copying a tensor larger than processor caches; the best of `rounds`."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -65,15 +62,15 @@ def copy_bandwidth(device: torch.device, rounds: int = 5) -> float:
 
 
 def process_peak_bytes() -> int:
-    """The most memory this process ever had in RAM, everything it did together."""
+    """Return the most bytes of RAM that this process ever had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class OwnMemory:
-    """The most that one contender alone had allocated on GPUs, though others hold theirs beside it.
+    """Peak GPU memory of one contender, although others hold memory at the same time.
 
-    Everything the contender does stands inside `watched`; what it still holds at the end of one turn counts in the next.
+    All the contender's work runs inside `watched`. Memory that it still holds at the end of a turn counts in the next.
     """
 
     def __init__(self, devices: Collection[torch.device]) -> None:
@@ -92,5 +89,5 @@ class OwnMemory:
 
     @property
     def peak(self) -> int | None:
-        """Bytes, summed over GPUs; None where there is none."""
+        """Bytes, summed over GPUs; None without a GPU."""
         return sum(self.most) if self.devices else None

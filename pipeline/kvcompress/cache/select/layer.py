@@ -109,6 +109,16 @@ class ChoosingLayer(RaggedLayer):
             require_free_of_queries(group.wanted.score, self.shared.choosing)
         super().fill(keys, values, first)
 
+    def fill_from_prompt(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> None:
+        batch, heads, new, _ = keys.shape
+        grouped = query.view(batch, heads, query.shape[1] // heads, new, -1)
+        self._scaling = query.shape[-1] ** -0.5 if scale is None else scale
+        if self._asked:
+            self._stage(grouped)
+        super().fill(keys, values)
+        self._remember(grouped, 0)
+        self._staged = []
+
     def due(self) -> Iterator[tuple[ChoosingGroup, Evidence]]:
         if self._in_prompt:
             return

@@ -1,0 +1,68 @@
+"""Measured results that are kept between runs, so that an unchanged contender is not measured again.
+
+A result is the measurement of one contender on one document or fact. Its file is named by a hash over everything that
+the result depends on: the compressor's settings, the tokens, how they are fed, the model's files, the machine, library
+versions and the source code. Change any of them and the result is measured anew. Files are written atomically, one a
+result, so an interrupted run continues where it ended. The folder belongs to no DVC output and may be deleted any time.
+"""
+
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from kvcompress.core.artifacts import read_json, write_text
+from kvcompress.core.errors import InputError
+from kvcompress.evaluation.environment import code_version
+from kvcompress.methods.compressor import Compressor
+
+KEPT_DAYS = 30  # results that are older are deleted
+
+
+class ResultStore:
+    """Results in `folder`.
+
+    Parameters
+    ----------
+    folder: one JSON file a result. It is created with the first of them.
+    origin: whatever all results of this run depend on: the model's record, the environment. JSON values.
+    """
+
+    def __init__(self, folder: Path, **origin: Any) -> None:
+        self.folder, self.origin = folder, {**origin, "code": code_version()}
+        oldest = time.time() - KEPT_DAYS * 24 * 3600
+        for path in folder.glob("*.json"):
+            if path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
+
+    def get(self, key: Sequence[Any]) -> Any | None:
+        """Return the result with this key (JSON values), None if there is none."""
+        try:
+            return read_json(self._path(key))
+        except InputError:
+            return None
+
+    def put(self, key: Sequence[Any], value: Any) -> None:
+        """Keep a result, a JSON value."""
+        write_text(self._path(key), dumps(value, allow_nan=False))
+
+    def _path(self, key: Sequence[Any]) -> Path:
+        return self.folder / f"{sha256(dumps([self.origin, *key], sort_keys=True).encode()).hexdigest()[:40]}.json"
+
+
+def settings_of(compressor: Compressor | None) -> str | None:
+    """Return all settings of a compressor as text, None if they cannot be written down, so that no result is kept.
+
+    The default cache of transformers (None) has none.
+    """
+    if compressor is None:
+        return "DynamicCache"
+    text = f"{type(compressor).__name__} {sorted(vars(compressor).items())}"
+    return None if " at 0x" in text else text
+
+
+def hash_of(tokens: Sequence[int]) -> str:
+    """Return the hash of token ids."""
+    return sha256(dumps(list(tokens)).encode()).hexdigest()
