@@ -30,7 +30,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from kvcompress.evaluation.decode_growth import weight_bytes
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -43,7 +42,7 @@ from kvcompress.cache.dispatch import attached
 from kvcompress.cache.padding import Padding
 from kvcompress.core.errors import InputError, said_in_a_sentence
 from kvcompress.core.plan import RetentionPlan
-from kvcompress.evaluation.decode_steps import fill, measure, plan_of
+from kvcompress.evaluation.decode_steps import fill, measure, plan_of, weight_bytes
 from kvcompress.evaluation.timing import Spread, copy_bandwidth, timed, times_faster
 from kvcompress.ops.ragged_decode import GroupSlots, Scratch, decode, table_of
 from kvcompress.ops.ragged_decode import kernel as loaded_kernel
