@@ -1,6 +1,6 @@
 """One look a method: every method has one, no two are alike, and reports use the papers' names."""
 
-from kvcompress.evaluation.benchmark_params import METHODS as BENCHMARKED
+from kvcompress.evaluation.params import METHODS as BENCHMARKED
 
 from kvcompress.core.figure_style import INK
 from kvcompress.planning.policies import POLICIES
