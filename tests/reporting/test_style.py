@@ -1,8 +1,7 @@
 """One look a method: every method has one, no two are alike, and reports use the papers' names."""
 
-from kvcompress.evaluation.params import METHODS as BENCHMARKED
-
 from kvcompress.core.figure_style import INK
+from kvcompress.evaluation.params import METHODS as BENCHMARKED
 from kvcompress.planning.policies import POLICIES
 from kvcompress.reporting.comparison import ceiling, pareto_data, title
 from kvcompress.reporting.figures import family_of, looks
