@@ -13,6 +13,7 @@ import torch
 from kvcompress.core.artifacts import read_json, read_tensors, replaced_folder, write_json, write_tensors, write_text
 from kvcompress.core.errors import InputError
 from kvcompress.core.outputs import require_outputs
+from kvcompress.core.plan import named_plans
 
 
 def rescued_at(message: str) -> Path:
@@ -170,3 +171,17 @@ def test_outputs_and_inputs_are_kept_apart(tmp_path: Path) -> None:
     null = Path(os.devnull)
     require_outputs({"--text": text, "MODEL": model}, [tmp_path / "new/a.json", null, null, None], [tmp_path / "other"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "link", "model"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["plans/priced-25.json", "plans/select-25.json"], ["priced-25", "select-25"]),
+        (["x/a/plan.json", "y/a/plan.json", "other.json"], ["x/a/plan", "y/a/plan", "other"]),
+        (["/plan.json", "/a/plan.json"], ["/plan.json", "a/plan"]),
+        (["/a/plan.json", "/a/plan"], ["/a/plan.json", "/a/plan"]),
+        (["a/plan.json", "./a/plan.json"], ["plan"]),
+    ],
+)
+def test_a_plan_s_name_is_the_shortest_end_of_its_path(paths: list[str], names: list[str]) -> None:
+    assert list(named_plans(paths)) == names
