@@ -16,7 +16,7 @@ from kvcompress.evaluation.results import ResultStore
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
-from stages.model_run import chosen_model, model_params
+from stages.model_run import chosen_model, model_params, require_apart_from_model
 
 app = stage_app()
 
@@ -53,6 +53,12 @@ def main(
     everything = compare_all or not method
     methods = list(METHODS) if everything else list(method or ())
     require_known(methods)
+    read = plan or (list(plans_dir.glob("*/*.json")) if classifications_path is None else None)
+    pipelines = data_dir / "refined_classifications.json"
+    classes = classifications_path or pipelines
+    require_apart_from_model(
+        params, data_dir, model_id, [output, metrics_file], classifications_path=classes, plan=read
+    )
     settings = load_section(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
     )

@@ -17,7 +17,7 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
-from stages.model_run import chosen_model, model_params, share_documents
+from stages.model_run import chosen_model, model_params, require_apart_from_model, share_documents
 
 app = stage_app()
 
@@ -41,6 +41,9 @@ def main(
     device: Device = None,
 ) -> None:
     """Quality and facts found of every plan and score, and of the uniform cache of the same bytes, in two protocols."""
+    outputs = [output] if output else [output_dir / f"plan_comparison.{suffix}" for suffix in ("json", "md")]
+    read = plan or list(plans_dir.glob("*/*.json"))
+    require_apart_from_model(params, data_dir, model_id, [*outputs, metrics_file], plan=read)
     share_documents(params)
     settings = load_section(ComparePlansParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
@@ -56,14 +59,12 @@ def main(
     result = compare(model, tokenizer, record.id, texts, contenders, settings, streaming, settings.context, store)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
-    if output:
-        write_json(output, result)
-    else:
+    write_json(outputs[0], result if output else [result])
+    if not output:
         from kvcompress.reporting.comparison import report
 
         text = report([result])
-        write_json(output_dir / "plan_comparison.json", [result])
-        write_text(output_dir / "plan_comparison.md", text)
+        write_text(outputs[1], text)
         print(text)
     if metrics_file:
         from kvcompress.reporting.comparison import metrics

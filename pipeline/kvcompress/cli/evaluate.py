@@ -47,7 +47,7 @@ def evaluate(
 
     Example: `kvcompress evaluate HuggingFaceTB/SmolLM2-135M --plan plan.json --text another_book.txt`
     """
-    options.check()
+    options.check([output], plan=plan, text=text)
     texts = read_texts(text)
 
     from rich.console import Console
