@@ -56,7 +56,7 @@ def main(
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
     contenders = ablation_contenders(chosen, model.config, settings, classes)
-    contenders |= plan_contenders(model.config, settings.max_tokens, plan or ())
+    contenders |= plan_contenders(model.config, settings.max_tokens, plan or (), taken=contenders)
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = compare(model, tokenizer, record.id, texts, contenders, settings, store=store)
     if settings.beyond_tokens and "window_size" in chosen:

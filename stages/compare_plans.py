@@ -1,5 +1,6 @@
 """Compare retention plans and published scores at equal bytes. Run: python -m stages.compare_plans"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.evaluation.compare import compare
-from kvcompress.evaluation.contenders import plan_contenders
+from kvcompress.evaluation.contenders import plan_contenders, plan_files
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import ComparePlansParams
 from kvcompress.evaluation.results import ResultStore
@@ -54,7 +55,9 @@ def main(
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
     scores = settings.scores if settings.context else ()
     contenders = plan_contenders(model.config, settings.max_tokens, paths, scores, settings.score_shares)
-    streaming = [path.stem for path in paths] if plan or settings.streaming is None else settings.streaming
+    streaming: Sequence[str] | None = None if plan else settings.streaming
+    if streaming is None:
+        streaming = list(plan_files(paths, scores, settings.score_shares))
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = compare(model, tokenizer, record.id, texts, contenders, settings, streaming, settings.context, store)
     if not distributed.leave():  # every process has the whole result, one writes it

@@ -42,7 +42,10 @@ def require_heeded(policy: str, balance: float | None, early: float | None, budg
 
 
 def prices_beside(output: Path, plans: int) -> Path:
-    """Return the default file of prices: next to the plan, or in the folder of several plans; here for a device."""
+    """Return the default file of prices: next to the plan, or in the folder of several plans.
+
+    A device has no such place: its prices go to the current folder.
+    """
     if is_stream(output):
         return Path("plan-prices.safetensors")
     return output.with_name(f"{output.stem}-prices.safetensors") if plans == 1 else output / "prices.safetensors"
