@@ -17,7 +17,7 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
-from stages.model_run import chosen_model, model_params, share_documents
+from stages.model_run import chosen_model, model_params, require_apart_from_model, share_documents
 
 app = stage_app()
 
@@ -40,19 +40,23 @@ def main(
     device: Device = None,
 ) -> None:
     """Perplexity, accuracy, KL and retrieval of every contender on evaluation text, with intervals and bytes."""
-    share_documents(params)
     chosen = list(ABLATIONS) if not ablation or "all" in ablation else ablation
     for one in chosen:
         if one not in ABLATIONS:
             raise InputError(f"--ablation is {one!r}, expected all or one of {', '.join(ABLATIONS)}")
+    classes = classifications_path or data_dir / "refined_classifications.json"
+    outputs = [output] if output else [output_dir / "ablation.json", output_dir / "ablation.md"]
+    require_apart_from_model(
+        params, data_dir, model_id, [*outputs, metrics_file], classifications_path=classes, plan=plan
+    )
+    share_documents(params)
     settings = load_section(AblationParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
-    classes = classifications_path or data_dir / "refined_classifications.json"
     contenders = ablation_contenders(chosen, model.config, settings, classes)
-    contenders |= plan_contenders(model.config, settings.max_tokens, plan or ())
+    contenders |= plan_contenders(model.config, settings.max_tokens, plan or (), taken=contenders)
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = compare(model, tokenizer, record.id, texts, contenders, settings, store=store)
     if settings.beyond_tokens and "window_size" in chosen:
@@ -60,14 +64,12 @@ def main(
         result["beyond"] = stream_beyond(model, tokenizer, texts, settings, table, record.max_context)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
-    if output:
-        write_json(output, result)
-    else:
+    write_json(outputs[0], result if output else [result])
+    if not output:
         from kvcompress.reporting.comparison import report
 
         text = report([result])
-        write_json(output_dir / "ablation.json", [result])
-        write_text(output_dir / "ablation.md", text)
+        write_text(outputs[1], text)
         print(text)
     if metrics_file:
         from kvcompress.reporting.comparison import metrics

@@ -1,5 +1,7 @@
 """Spend budgets on heads by policy: one plan file each. Run: python -m stages.allocate"""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -8,17 +10,30 @@ import typer
 from kvcompress.core.artifacts import read_model, replaced_folder, write_json, write_text
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics
+from kvcompress.core.outputs import Paths, require_outputs
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.models.sources import ModelRecord
 from kvcompress.planning.budget import Budget
 from kvcompress.planning.params import BudgetParams
-from kvcompress.planning.policies import WITHOUT_BUDGET, Planner
+from kvcompress.planning.policies import POLICIES, WITHOUT_BUDGET, Planner
 from kvcompress.sensitivity.prices import Sensitivity
 from kvcompress.sensitivity.report import price_report, price_rows
 from stages.common import DataDir, ParamsFile, run, stage_app
 
+PLAN_FILE = re.compile(rf"({'|'.join(POLICIES)})(-[0-9.e+-]+(tokens|MB)?)?\.json")  # as this stage names plans
 app = stage_app()
+
+
+def copy_others(old: Path, new: Path) -> None:
+    """Copy from `old` to `new` everything but plan files that this stage names."""
+    for path in old.iterdir() if old.is_dir() else ():
+        if PLAN_FILE.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 @app.command()
@@ -33,14 +48,21 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(help="Policies instead of params'.")] = None,
     balance: Annotated[float | None, typer.Option(help="Nats a token that finding every far fact is worth.")] = None,
 ) -> None:
-    """Write OUTPUT_DIR/MODEL/POLICY-BUDGET.json for every policy and budget."""
+    """Write OUTPUT_DIR/MODEL/POLICY-BUDGET.json for every policy and budget. Plans of an earlier run are removed."""
     settings = load_section(BudgetParams, params, sizes=budget, policies=policy, balance=balance)
     record = read_model(data_dir / "model.json", ModelRecord)
     path = data_dir / "head_sensitivity.safetensors"
+    classes_file, statistics_file = (
+        data_dir / f"{name}.json" for name in ("refined_classifications", "head_statistics")
+    )
+    place = plans_of(output_dir, record.id)
+    inputs: dict[str, Paths] = {"--params": params, "the model": record.path}
+    inputs["the input"] = [data_dir / "model.json", path, classes_file, statistics_file]
+    require_outputs(inputs, [report, metrics, prices], [place])
     sensitivity = Sensitivity.load(path)
     sensitivity.require_model(record.id, record.revision, path)
     itemsize = {"float32": 4}.get(sensitivity.origin.get("dtype", ""), 2)
-    classes = load_classifications(data_dir / "refined_classifications.json")
+    classes = load_classifications(classes_file)
     context = settings.context_length
     planner = Planner(
         sensitivity,
@@ -54,13 +76,12 @@ def main(
         early=settings.early,
     )
     budgets = [Budget.parse(size) for size in settings.sizes]
-    with replaced_folder(output_dir) as folder:
-        place = plans_of(folder, record.id)
-        place.mkdir(parents=True)
+    with replaced_folder(place) as folder:
+        copy_others(place, folder)
         for name in settings.policies:
             for size in budgets[:1] if name in WITHOUT_BUDGET else budgets:
                 plan = planner.plan(name, size)
-                plan.save(place / (f"{name}.json" if name in WITHOUT_BUDGET else f"{name}-{size.label}.json"))
+                plan.save(folder / (f"{name}.json" if name in WITHOUT_BUDGET else f"{name}-{size.label}.json"))
     expected = {size.label: planner.best(size) for size in budgets}
     if metrics:
         rows = {
@@ -75,7 +96,7 @@ def main(
     if prices:
         write_json(prices, price_rows(sensitivity))
     if report:
-        statistics = load_statistics(data_dir / "head_statistics.json")
+        statistics = load_statistics(statistics_file)
         held = {label: best.held for label, best in expected.items()}
         text = price_report(statistics, classes.ordered, sensitivity, held)
         write_text(report, text)

@@ -16,7 +16,7 @@ from kvcompress.evaluation.results import ResultStore
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
-from stages.model_run import chosen_model, model_params
+from stages.model_run import chosen_model, model_params, require_apart_from_model
 
 app = stage_app()
 
@@ -53,6 +53,9 @@ def main(
     everything = compare_all or not method
     methods = list(METHODS) if everything else list(method or ())
     require_known(methods)
+    table = data_dir / "refined_classifications.json"
+    read = {"classifications_path": classifications_path or table, "plan": plan or list(plans_dir.glob("*/*.json"))}
+    require_apart_from_model(params, data_dir, model_id, [output, metrics_file], **read)
     settings = load_section(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
     )
@@ -66,7 +69,7 @@ def main(
     if not paths and classes is None:
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
         # Plans by price do not depend on classes, so a new threshold alone times nothing again.
-        classes = data_dir / "refined_classifications.json" if everything or not paths else None
+        classes = table if everything or not paths else None
     contenders = benchmark_contenders(methods, model.config, settings, classes, paths)
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing, store=store)

@@ -14,7 +14,7 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import documents_of_all, load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
-from stages.model_run import chosen_model, model_params, share_documents
+from stages.model_run import chosen_model, model_params, require_apart_from_model, share_documents
 
 app = stage_app()
 
@@ -37,14 +37,15 @@ def main(
     device: Device = None,
 ) -> None:
     """Sufficient statistics of every head's attention on the calibration texts, in OUTPUT_DIR/attention.safetensors."""
-    share_documents(params)
-    output = output_dir or data_dir
+    output = (output_dir or data_dir) / "attention.safetensors"
     collect = load_section(
         CollectParams, params, max_tokens=max_tokens, chunk_size=chunk_size, documents_per_text=documents_per_text
     )
     settings = model_params(params, model_id, bf16, device)
     if model_id is not None and output_dir is None:
         raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
+    require_apart_from_model(params, data_dir, model_id, [output], text=text)
+    share_documents(params)
     record = chosen_model(data_dir, model_id, settings, collect, collect.max_tokens)
     texts = load_texts(data_dir / "corpus", "calibration") if text is None else {text.name: read_text(text)}
     model, tokenizer = load_model(record, settings)
@@ -54,7 +55,7 @@ def main(
     if not distributed.leave():  # every process has the whole result, one writes it
         return
     header = {"model_id": record.id, "revision": record.revision, "num_key_value_heads": record.num_key_value_heads}
-    sums.save(output / "attention.safetensors", {**header, "texts": sorted(texts), "dtype": settings.dtype})
+    sums.save(output, {**header, "texts": sorted(texts), "dtype": settings.dtype})
     print(f"{sums.documents} documents of {collect.max_tokens} tokens from {', '.join(texts)}")
 
 

@@ -1,5 +1,6 @@
 """Compare retention plans and published scores at equal bytes. Run: python -m stages.compare_plans"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.evaluation.compare import compare
-from kvcompress.evaluation.contenders import plan_contenders
+from kvcompress.evaluation.contenders import plan_contenders, plan_files
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import ComparePlansParams
 from kvcompress.evaluation.results import ResultStore
@@ -17,7 +18,7 @@ from kvcompress.models import distributed
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, MetricsFile, ModelId, ParamsFile, ResultFile, run, stage_app
-from stages.model_run import chosen_model, model_params, share_documents
+from stages.model_run import chosen_model, model_params, require_apart_from_model, share_documents
 
 app = stage_app()
 
@@ -41,6 +42,9 @@ def main(
     device: Device = None,
 ) -> None:
     """Quality and facts found of every plan and score, and of the uniform cache of the same bytes, in two protocols."""
+    outputs = [output] if output else [output_dir / f"plan_comparison.{suffix}" for suffix in ("json", "md")]
+    read = plan or list(plans_dir.glob("*/*.json"))
+    require_apart_from_model(params, data_dir, model_id, [*outputs, metrics_file], plan=read)
     share_documents(params)
     settings = load_section(ComparePlansParams, params, max_tokens=max_tokens)
     loading = model_params(params, model_id, bf16, device)
@@ -51,19 +55,19 @@ def main(
     paths = plan or [folder / f"{name}.json" for name in settings.plans]
     scores = settings.scores if settings.context else ()
     contenders = plan_contenders(model.config, settings.max_tokens, paths, scores, settings.score_shares)
-    streaming = [path.stem for path in paths] if plan or settings.streaming is None else settings.streaming
+    streaming: Sequence[str] | None = None if plan else settings.streaming
+    if streaming is None:
+        streaming = list(plan_files(paths, scores, settings.score_shares))
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = compare(model, tokenizer, record.id, texts, contenders, settings, streaming, settings.context, store)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
-    if output:
-        write_json(output, result)
-    else:
+    write_json(outputs[0], result if output else [result])
+    if not output:
         from kvcompress.reporting.comparison import report
 
         text = report([result])
-        write_json(output_dir / "plan_comparison.json", [result])
-        write_text(output_dir / "plan_comparison.md", text)
+        write_text(outputs[1], text)
         print(text)
     if metrics_file:
         from kvcompress.reporting.comparison import metrics

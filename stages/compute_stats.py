@@ -9,6 +9,7 @@ from kvcompress.collect.params import StatisticsParams
 from kvcompress.collect.statistics import compute_statistics, describe_measure
 from kvcompress.collect.sums import AttentionSums
 from kvcompress.core.head_statistics import save_statistics
+from kvcompress.core.outputs import require_outputs
 from kvcompress.core.params import load_section
 from stages.common import DataDir, ParamsFile, run, stage_app
 
@@ -30,10 +31,12 @@ def main(
     measure = load_section(
         StatisticsParams, params, sink_size=sink_size, local_window=local_window, recent_ratio=recent_ratio
     )
-    sums, header = AttentionSums.load(data_dir / "attention.safetensors")
+    source, output = data_dir / "attention.safetensors", (output_dir or data_dir) / "head_statistics.json"
+    require_outputs({"--params": params, "the input": source}, [output])
+    sums, header = AttentionSums.load(source)
     origin = {key: header[key] for key in ("model_id", "revision", "num_key_value_heads")}
     info = describe_measure(sums, measure, origin)
-    save_statistics((output_dir or data_dir) / "head_statistics.json", compute_statistics(sums, measure), info)
+    save_statistics(output, compute_statistics(sums, measure), info)
 
 
 if __name__ == "__main__":

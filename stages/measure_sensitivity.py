@@ -13,7 +13,7 @@ from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MaxTokens, ModelId, ParamsFile, run, stage_app
-from stages.model_run import chosen_model, model_params, share_documents
+from stages.model_run import chosen_model, model_params, require_apart_from_model, share_documents
 
 app = stage_app()
 
@@ -32,11 +32,13 @@ def main(
     device: Device = None,
 ) -> None:
     """What every window costs in every KV head, on text and for far facts, in head_sensitivity.safetensors."""
-    share_documents(params)
+    output = (output_dir or data_dir) / "head_sensitivity.safetensors"
     settings = load_section(SensitivityParams, params, max_tokens=max_tokens, documents_per_text=documents_per_text)
     loading = model_params(params, model_id, bf16, device)
     if model_id is not None and output_dir is None:
         raise InputError("--model-id needs --output-dir, or another model's results would stand in the pipeline's data")
+    require_apart_from_model(params, data_dir, model_id, [output])
+    share_documents(params)
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
     texts = load_texts(data_dir / "corpus", "calibration")
     model, tokenizer = load_model(record, loading)
@@ -44,7 +46,7 @@ def main(
     if not distributed.leave():  # every process has the whole result, one writes it
         return
     found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": loading.dtype}
-    found.save((output_dir or data_dir) / "head_sensitivity.safetensors")
+    found.save(output)
     print(
         f"{found.layers} x {found.kv_heads} KV heads priced on {found.tokens} tokens and {len(found.retrieval)} facts"
     )

@@ -9,10 +9,12 @@ torchrun's own launcher, on this machine.
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvcompress.core.artifacts import read_model
 from kvcompress.core.errors import InputError, KVCompressError
+from kvcompress.core.outputs import Paths, require_outputs
 from kvcompress.core.params import SectionParams, load_section, override
 from kvcompress.models import distributed
 from kvcompress.models.params import MachineParams, ModelParams, source_of
@@ -29,6 +31,23 @@ def chosen_model(
             f"{section.section}.max_tokens is {tokens}, but the context of {record.id} ends at {record.max_context}"
         )
     return record
+
+
+def require_apart_from_model(
+    params: Path, data_dir: Path, model_id: str | None, files: Iterable[Path | None], **others: Paths
+) -> None:
+    """Raise `InputError` if an output of a stage that runs a model cannot be written or would touch an input.
+
+    Inputs are the parameters, the corpus, the model, and `others` by their flags, with underscores for dashes.
+    """
+    inputs: dict[str, Paths] = {"--params": params, "the folder of texts": data_dir / "corpus"}
+    if model_id is None:
+        record = data_dir / "model.json"
+        inputs |= {"the model's record": record, "the model": read_model(record, ModelRecord).path}
+    else:
+        inputs["--model-id"] = model_id if Path(model_id).is_dir() else None
+    inputs |= {f"--{flag.replace('_', '-')}": paths for flag, paths in others.items()}
+    require_outputs(inputs, files)
 
 
 def model_params(params: Path, model_id: str | None, bf16: bool | None, device: str | None) -> ModelParams:

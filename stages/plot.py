@@ -12,6 +12,7 @@ import typer
 
 from kvcompress.core.artifacts import read_json, write_json, write_text
 from kvcompress.core.errors import InputError
+from kvcompress.core.outputs import require_outputs
 from kvcompress.core.params import load_section
 from kvcompress.evaluation.params import ScoringParams
 from kvcompress.reporting.params import PlotParams
@@ -25,6 +26,7 @@ RESULTS = {
 REPORTS = ("analysis", *RESULTS)
 HEADINGS = {"ablation": "Windows, sinks and the class table", "plan_comparison": "Plans"}
 FIELDS = {"benchmark": {"rows", "growth", "copy_bytes_per_s"}}
+SAME_CACHE = 0.01  # relative difference of the perplexity of one cache between two machines
 app = stage_app()
 
 
@@ -40,7 +42,22 @@ def load(name: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
         shared = set(ScoringParams.model_fields) & set(mine) & set(first)
         if result["model"] != found[0]["model"] or any(mine[key] != first[key] for key in shared):
             raise InputError(f"{path} was made with another model or other settings than {paths[0]}")
+    if name != "benchmark":
+        require_unique_names(paths, found)
     return found
+
+
+def require_unique_names(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> None:
+    """Raise `InputError` if two results have different caches of one name, of which a report would show only one."""
+    from kvcompress.reporting.comparison import PROTOCOLS
+
+    known: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for path, result in zip(paths, results, strict=True):
+        for protocol, field in PROTOCOLS.items():
+            for row in result.get(field, ()):
+                place, other = known.setdefault((protocol, row["name"]), (path, row))
+                if row["share"] != other["share"] or abs(row["perplexity"] / other["perplexity"] - 1) > SAME_CACHE:
+                    raise InputError(f"{path} and {place} have different caches {row['name']!r}: expected unique names")
 
 
 def plot_analysis(folder: Path, params: Path, data: Path, classes_path: Path, dpi: int) -> None:
@@ -106,11 +123,14 @@ def main(
     if name not in REPORTS:
         raise InputError(f"the report is {name!r}, expected one of {', '.join(REPORTS)}")
     dpi, folder = load_section(PlotParams, params).dpi, reports_dir / name
+    paths = list(results or [data_dir / file for file in RESULTS.get(name, ["head_statistics.json"])])
+    classes = classifications_path or data_dir / "refined_classifications.json"
+    inputs = {"--params": params, "the result": paths, "--classifications-path": classes}
+    require_outputs(inputs, [], [folder])
     if name == "analysis":
-        classes = classifications_path or data_dir / "refined_classifications.json"
         plot_analysis(folder, params, data_dir, classes, dpi)
     else:
-        found = load(name, results or [data_dir / file for file in RESULTS[name]])
+        found = load(name, paths)
         write_json(folder / f"{name}.json", found)
         if name == "benchmark":
             plot_benchmark(folder, found, dpi)

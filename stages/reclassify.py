@@ -15,6 +15,7 @@ from kvcompress.analysis.validation_report import class_metrics, validation_repo
 from kvcompress.core.artifacts import write_json, write_text
 from kvcompress.core.head_classes import load_classifications, save_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model
+from kvcompress.core.outputs import require_outputs
 from kvcompress.core.params import load_section
 from stages.common import ParamsFile, run, stage_app
 
@@ -34,21 +35,25 @@ def main(
 ) -> None:
     """Write validation_report.txt and, with --reclassify, refined_classifications.json."""
     output = output_dir or results_dir / "validation"
-    file = load_statistics(results_dir / "head_statistics.json")
-    info, existing = file.model_info, results_dir / "head_classifications.json"
+    source, existing = results_dir / "head_statistics.json", results_dir / "head_classifications.json"
+    refined = output / "refined_classifications.json" if reclassify else None
+    report = report or output / "validation_report.txt"
+    require_outputs({"--params": params, "the input": [source, existing]}, [refined, report, metrics])
+    file = load_statistics(source)
+    info = file.model_info
     found = load_classifications(existing) if existing.is_file() or not reclassify else None
     if found:
         require_same_model(file, found, existing)
-    if reclassify:
+    if refined:
         thresholds, windows = load_section(ThresholdParams, params), load_section(WindowParams, params)
         classes = classify_heads(file.head_statistics, thresholds, windows, info.sink_size)
-        save_classifications(output / "refined_classifications.json", classes, info, "refined")
+        save_classifications(refined, classes, info, "refined")
     else:
         assert found
         classes = found.ordered
     first_pass = found.ordered if found and found.taxonomy == "first_pass" and reclassify else None
     text = validation_report(info, file.head_statistics, classes, first_pass)
-    write_text(report or output / "validation_report.txt", text)
+    write_text(report, text)
     if metrics:
         write_json(metrics, class_metrics(info, classes))
     print(text)

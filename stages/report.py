@@ -8,6 +8,7 @@ import typer
 from kvcompress.core.artifacts import write_text
 from kvcompress.core.head_classes import load_classifications
 from kvcompress.core.head_statistics import load_statistics, require_same_model
+from kvcompress.core.outputs import require_outputs
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.planning.params import BudgetParams
@@ -25,6 +26,11 @@ def main(
     output: Annotated[Path | None, typer.Option(help="The page [default: reports-dir/index.html].")] = None,
 ) -> None:
     """Write index.html from statistics, classes, prices, plans and results; a missing benchmark is left out."""
+    target = output or reports_dir / "index.html"
+    inputs = [data_dir / f"{name}.json" for name in ("head_statistics", "refined_classifications")]
+    names = ("prices/prices", "ablation/ablation", "plan_comparison/plan_comparison", "benchmark/benchmark")
+    inputs += [*(reports_dir / f"{name}.json" for name in names), *reports_dir.glob("plans/*/*.json")]
+    require_outputs({"--params": params, "the input": inputs}, [target])
     context = load_section(BudgetParams, params).context_length
     statistics = load_statistics(data_dir / "head_statistics.json")
     path = data_dir / "refined_classifications.json"
@@ -40,7 +46,6 @@ def main(
     benchmark = reports_dir / "benchmark/benchmark.json"
     timed = load_results(benchmark) if benchmark.is_file() else []
     page = document(Inputs(statistics, classes.ordered, prices, plans, ablation, comparison, context, timed))
-    target = output or reports_dir / "index.html"
     write_text(target, page)
     print(f"{target}: {len(page.encode()) / 1000:.0f} KB")
 

@@ -22,7 +22,9 @@ def analyze(
 
     Example: `kvcompress analyze HuggingFaceTB/SmolLM2-135M --text book.txt --output-dir smollm2`
     """
-    options.check()
+    names = ("head_statistics.json", "refined_classifications.json", "validation_report.txt")
+    statistics_file, classes_file, report_file = outputs = [output_dir / name for name in names]
+    options.check(outputs, text=text)
     texts = read_texts(text)
 
     from kvcompress.analysis.classification import classify_heads
@@ -47,9 +49,9 @@ def analyze(
     classes = classify_heads(statistics, sink_size=measure.sink_size)
     if not distributed.leave():  # every process has the whole result, one writes it
         return
-    save_statistics(output_dir / "head_statistics.json", statistics, info)
-    save_classifications(output_dir / "refined_classifications.json", classes, info, "refined")
-    write_text(output_dir / "validation_report.txt", validation_report(info, statistics, classes))
+    save_statistics(statistics_file, statistics, info)
+    save_classifications(classes_file, classes, info, "refined")
+    write_text(report_file, validation_report(info, statistics, classes))
     file = ClassificationFile(model_info=info, taxonomy="refined", classifications=classes)
     if as_json:
         print_json(file.model_dump(mode="json", exclude_none=True))

@@ -55,7 +55,7 @@ def benchmark(
     Example: `kvcompress benchmark HuggingFaceTB/SmolLM2-135M --method streaming_llm --share 0.1 --json`
     """
     methods = methods_of(method, compare_all, bool(plan or classifications_path))
-    options.check()
+    options.check([output], plan=plan, classifications_path=classifications_path, text=text)
     texts = read_texts(text)
 
     from rich.console import Console

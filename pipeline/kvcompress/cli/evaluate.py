@@ -47,7 +47,7 @@ def evaluate(
 
     Example: `kvcompress evaluate HuggingFaceTB/SmolLM2-135M --plan plan.json --text another_book.txt`
     """
-    options.check()
+    options.check([output], plan=plan, text=text)
     texts = read_texts(text)
 
     from rich.console import Console
@@ -55,7 +55,7 @@ def evaluate(
     from kvcompress.core.artifacts import write_json
     from kvcompress.core.plan import RetentionPlan
     from kvcompress.evaluation.compare import compare
-    from kvcompress.evaluation.contenders import plan_contenders
+    from kvcompress.evaluation.contenders import plan_contenders, plan_files
     from kvcompress.evaluation.params import ComparePlansParams
     from kvcompress.models import distributed
 
@@ -67,7 +67,7 @@ def evaluate(
         chunk_size=1024,
         retrieval_lengths=[retrieval_length or max(max_tokens - 48, 64)],
         retrieval_depths=retrieval_depths,
-        plans=[path.stem for path in plan],
+        plans=list(plan_files(plan)),
     )
     if not distributed.rank():
         for found, path in zip(plans, plan, strict=True):

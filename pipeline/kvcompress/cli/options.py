@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -18,6 +18,7 @@ from kvcompress.models.params import ModelParams, source_of
 if TYPE_CHECKING:  # slow imports, which help and completion do without
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvcompress.core.outputs import Paths
     from kvcompress.core.plan import RetentionPlan
     from kvcompress.models.sources import ModelRecord
 
@@ -58,9 +59,17 @@ class ModelOptions:
         names = ("device", "dtype", "device_map", "tp_plan", "trust_remote_code")
         return ModelParams.model_validate(place | {name: getattr(self, name) for name in names})
 
-    def check(self) -> None:
-        """Raise `InputError` for a value that is not possible, before anything slow begins."""
+    def check(self, outputs: Iterable[Path | None] = (), **inputs: "Paths") -> None:
+        """Raise `InputError` for an impossible value or output, before anything slow begins.
+
+        Outputs must be writable and must not touch the model or `inputs`, paths by their flags with underscores for
+        dashes.
+        """
+        from kvcompress.core.outputs import require_outputs
+
         self.params  # noqa: B018 (builds the section, which validates it)
+        named: dict[str, Paths] = {"MODEL": self.model if Path(self.model).is_dir() else None}
+        require_outputs(named | {f"--{flag.replace('_', '-')}": paths for flag, paths in inputs.items()}, outputs)
 
     def open(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelRecord]":
         """Return model, tokenizer and record. A hub model is fetched; with a `tp_plan`, processes are joined first.

@@ -7,6 +7,7 @@ import typer
 
 from kvcompress.cli.options import AsJson, Documents, ModelOptions, Texts, print_json, read_texts, share_of
 from kvcompress.core.errors import InputError
+from kvcompress.core.outputs import is_stream
 from kvcompress.planning.params import BudgetParams
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def require_heeded(policy: str, balance: float | None, early: float | None, budg
 
 
 def prices_beside(output: Path, plans: int) -> Path:
-    """Return the default file of prices: next to the plan, or in the folder of several plans."""
+    """Return the default file of prices: next to the plan, or in the folder of several plans.
+
+    A device has no such place: its prices go to the current folder.
+    """
+    if is_stream(output):
+        return Path("plan-prices.safetensors")
     return output.with_name(f"{output.stem}-prices.safetensors") if plans == 1 else output / "prices.safetensors"
 
 
@@ -108,23 +114,27 @@ def plan(
     `kvcompress plan HuggingFaceTB/SmolLM2-135M --budget 10% --sensitivity plan-prices.safetensors -o small.json`
     """
     from kvcompress.planning.budget import Budget
+    from kvcompress.planning.policies import WITHOUT_PRICES
 
     amounts = [Budget.parse(one) for one in budget or ["25%"]]
     require_possible(policy, classifications)  # heads are priced for minutes before a plan is made
     require_heeded(policy, balance, early, budget)
-    options.check()
+    places = [output] if len(amounts) == 1 else [output / f"{policy}-{amount.label}.json" for amount in amounts]
+    priced = sensitivity is not None and sensitivity.is_file()
+    prices = sensitivity or (None if policy in WITHOUT_PRICES else prices_beside(output, len(amounts)))
+    read = {"sensitivity": sensitivity if priced else None, "classifications": classifications}
+    options.check([*dict.fromkeys(places), None if priced else prices], text=text, **read)
 
     from kvcompress.cli.head_map import plan_map
     from kvcompress.core.params import override
     from kvcompress.models import distributed
     from kvcompress.planning.make_plan import make_plan
-    from kvcompress.planning.policies import WITHOUT_PRICES
     from kvcompress.sensitivity.measure import measure_sensitivity
     from kvcompress.sensitivity.params import SensitivityParams
     from kvcompress.sensitivity.prices import Sensitivity
 
     loaded, tokenizer, record = options.open()
-    if sensitivity and sensitivity.is_file():
+    if sensitivity and priced:
         found = Sensitivity.load(sensitivity)
         found.require_model(record.id, record.revision, sensitivity)
     elif policy in WITHOUT_PRICES and not sensitivity:
@@ -140,23 +150,21 @@ def plan(
         found.origin |= {"model_id": record.id, "revision": record.revision, "dtype": options.dtype}
     if not distributed.leave():  # every process has the prices, one goes on
         return
-    prices = sensitivity or (None if policy in WITHOUT_PRICES else prices_beside(output, len(amounts)))
-    if prices and not (sensitivity and sensitivity.is_file()):
+    if prices and not priced:
         found.save(prices)
         if not as_json:
             print(f"prices are in {prices}; with --sensitivity {prices} the next plan needs no measuring", flush=True)
-    written = []
-    for amount in amounts:
+    rows = []
+    for amount, place in zip(amounts, places, strict=True):
         made = make_plan(loaded, tokenizer, (), amount, policy, context, balance, classifications, found, early=early)
-        place = output if len(amounts) == 1 else output / f"{policy}-{amount.label}.json"
         made.save(place)
         size, share = made.nbytes(context, record.head_dim, loaded.dtype.itemsize), share_of(made, context)
         whole = size * share / made.share(context)
-        told = {"file": str(place), "sensitivity": prices and str(prices), "share": share, "bytes": round(whole)}
-        written.append(told | made.made_from)
+        row = {"file": str(place), "sensitivity": prices and str(prices), "share": share, "bytes": round(whole)}
+        rows.append(row | made.made_from)
         if not as_json:
             plan_map(made, context)
             queries = f", {(whole - size) / 1e6:.2f} MB of it queries to choose by" if whole > size else ""
             print(f"{place}: {share:.2%} of the full cache, {whole / 1e6:.2f} MB at {context} tokens{queries}")
     if as_json:
-        print_json(written)
+        print_json(rows)

@@ -5,18 +5,20 @@ or a killed process leaves the old file or none, never half of a new one. Readin
 not UTF-8, truncated, NaN) into an `InputError` that names the file.
 """
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from kvcompress.core.errors import InputError
+from kvcompress.core.outputs import is_stream, resolved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,21 +28,29 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; rename it to `path` on success, remove it on any exception.
+    """Yield a temporary path; its content replaces `path` on success, and it is removed on any exception.
 
-    Raises `InputError` if the file system refuses (no space, no permission, a folder in the way).
+    The temporary file lies next to the target and is renamed. A link is followed: its target is replaced, the link
+    stays. A device or a pipe is written to. Raises `InputError` if the file system refuses (no space, no permission, a
+    folder in the way).
     """
-    path = Path(path)
+    target, stream = resolved(path), is_stream(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as handle:
+        if not stream:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        folder = None if stream else target.parent
+        with NamedTemporaryFile(dir=folder, prefix=f".{target.name}.", suffix=".tmp", delete=False) as handle:
             temporary = Path(handle.name)
         yield temporary
+        if stream:
+            with temporary.open("rb") as content, Path(path).open("wb") as open_stream:
+                shutil.copyfileobj(content, open_stream)
+            return
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.chmod(0o644)
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -52,27 +62,86 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` on success; on any exception `folder` stays unchanged.
 
-    Removes what a killed process left of an earlier attempt. Raises `InputError` if the file system refuses.
+    A link is followed: its target is replaced, the link stays. Raises `InputError` if the file system refuses, or if
+    `folder` is a file.
     """
-    folder = Path(folder)
+    target = resolved(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as scratch:
-            target = Path(scratch, folder.name)
-            target.mkdir()
-            yield target
-            shutil.rmtree(folder, ignore_errors=True)
-            target.rename(folder)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, expected a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as scratch:
+            made = Path(scratch, target.name)
+            made.mkdir()
+            yield made
+            swap(made, target)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
+def swap(made: Path, place: Path) -> None:
+    """Rename the folder `made` to `place`. An old folder is renamed first, deleted last, and renamed back on failure.
+
+    The last of several concurrent writers wins. Raises `OSError` if the file system refuses, and `InputError` with the
+    old folder's present path if it cannot be renamed back.
+    """
+    aside = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".old"))
+    moved: list[Path] = []
+    try:
+        while True:
+            with suppress(FileNotFoundError):
+                moved.append(place.rename(aside / str(len(moved))))
+            try:
+                made.rename(place)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these: another writer was faster
+                    raise
+    except BaseException as failure:
+        if moved:
+            try:
+                moved[-1].rename(place)
+            except OSError as error:
+                raise InputError(f"cannot write {place}: {failure}; the old folder is now {moved[-1]}") from error
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path and rename its file to `path`.
+
+    The content may have taken hours. If `path` refuses it, it goes to a new temporary folder, which the `InputError`
+    names.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            write(temporary)
+    except InputError as error:
+        raise InputError(f"{error}{written_elsewhere(path, write)}") from error
+
+
+def written_elsewhere(path: str | Path, write: Callable[[Path], None]) -> str:
+    """Write the content of `path` to a new temporary folder. Return the end of an error that names it, "" on failure."""
+    folder = ""
+    try:
+        folder = mkdtemp(prefix="kvcompress-")
+        place = Path(folder, Path(path).name)
+        write(place)
+    except (OSError, InputError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f"; the content is in {place} instead"
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically, with newlines unchanged."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+    """Write UTF-8 text atomically, with newlines unchanged; see `write_atomically`."""
+    write_atomically(path, lambda place: put_text(place, text))
+
+
+def put_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -80,7 +149,9 @@ def write_json(path: str | Path, value: Any) -> None:
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise InputError(f"cannot write {path}: a value is NaN or infinite ({error})") from error
+        loose = json.dumps(value, indent=2, ensure_ascii=False)
+        elsewhere = written_elsewhere(path, lambda place: put_text(place, loose + "\n"))
+        raise InputError(f"cannot write {path}: a value is NaN or infinite ({error}){elsewhere}") from error
     write_text(path, text + "\n")
 
 
@@ -155,11 +226,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Map
     from safetensors.torch import save_file
 
     metadata = {"kvcompress": json.dumps(header, sort_keys=True, allow_nan=False)}
-    with atomic_path(path) as temporary:
+
+    def write(place: Path) -> None:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place, metadata=metadata)
         except SafetensorError as error:
             raise InputError(f"cannot write {path}: {error}") from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:

@@ -1,5 +1,8 @@
 """Retention plan: the retention of every KV head of one model, and its versioned JSON file, one line for each head."""
 
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -75,6 +78,25 @@ class PlanFile(BaseModel):
 def plans_of(folder: str | Path, model_id: str) -> Path:
     """Return the folder of a model's plans in a folder of plans."""
     return Path(folder) / model_id.replace("/", "--")
+
+
+def named_plans(paths: Iterable[str | Path], taken: Collection[str] = ()) -> dict[str, Path]:
+    """Return plan files by unique names, each file once: `a/plan` and `b/plan` for two files plan.json.
+
+    A name is the shortest end of the path, without suffix, that no other file shares and that is not `taken`.
+    """
+    files = {os.path.abspath(path): Path(path) for path in paths}
+    ends = {whole: path_ends(Path(whole)) for whole in files}
+    shared = Counter(end for one in ends.values() for end in one)
+    return {
+        next(end for end in ends[whole] if shared[end] == 1 and end not in taken): path for whole, path in files.items()
+    }
+
+
+def path_ends(path: Path) -> list[str]:
+    """Return names for an absolute path: its stem, the stem with 1, 2, ... folders before it, and the whole path."""
+    parts = path.with_suffix("").parts[1:]
+    return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)] + [str(path)]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Contenders: everything that is compared, with the rival that holds the same bytes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvcompress.core.errors import InputError
 from kvcompress.core.head_classes import HeadType, load_classifications
-from kvcompress.core.plan import RetentionPlan
+from kvcompress.core.plan import RetentionPlan, named_plans
 from kvcompress.core.retention import FULL as WHOLE
 from kvcompress.core.retention import Retention
 from kvcompress.evaluation.params import BASELINES, FULL, HEAD_AWARE, METHODS, AblationParams, BenchmarkParams
@@ -109,13 +109,32 @@ def fitting(plan: RetentionPlan, file: str | Path, config: Any) -> RetentionPlan
     return plan
 
 
+def score_name(score: str, share: float) -> str:
+    """Return the name of a score's contender: "select snapkv 25%" or "adaptive snapkv 25%"."""
+    return f"{score if score.startswith(ADAPTIVE) else f'select {score}'} {100 * share:g}%"
+
+
+def plan_files(
+    paths: Sequence[str | Path],
+    scores: Sequence[str] = (),
+    shares: Sequence[float] = (),
+    taken: Collection[str] = (),
+) -> dict[str, Path]:
+    """Return plan files by the names that `plan_contenders` gives them: see `named_plans`."""
+    others = {FULL_CACHE, *taken, *(score_name(score, share) for score in scores for share in shares)}
+    sizes = {f"{100 * share:g}%" for share in shares}
+    rivals = {f"uniform = {name}" for name in (*sizes, *(Path(path).stem for path in paths))}
+    return named_plans(paths, others | sizes | rivals)
+
+
 def plan_contenders(
     config: Any,
     tokens: int,
-    paths: Iterable[str | Path],
+    paths: Sequence[str | Path],
     scores: Sequence[str] = (),
     shares: Sequence[float] = (),
     choosing: SelectionRule | None = None,
+    taken: Collection[str] = (),
 ) -> Contenders:
     """Return the full cache, plans from files, and published scores, each with a uniform rival of the same bytes.
 
@@ -127,6 +146,7 @@ def plan_contenders(
         half of them, sinks aside, are a window, the others are selected.
     shares: shares of the full cache that scores hold, which names them: "select snapkv 25%".
     choosing: how heads select [default: the library's rule].
+    taken: names of other contenders, which no plan may have.
 
     Raises `InputError` for a plan of another model's shape, an unknown score, or a share that leaves nothing to select.
     """
@@ -141,8 +161,8 @@ def plan_contenders(
         even = uniform_at(plan, tokens, SINKS, kept_query_slots(plan, choosing))
         return [of_plan(rivals[held], UNIFORM, even, ablation="plans")]
 
-    for path in paths:
-        plan, name = fitting(RetentionPlan.load(path), path, config), Path(path).stem
+    for name, path in plan_files(paths, scores, shares, taken).items():
+        plan = fitting(RetentionPlan.load(path), path, config)
         new = rival_of(plan, name)
         rival = rivals[plan.held(tokens) + kept_query_slots(plan, choosing)]
         found += [of_plan(name, plan.policy, plan, rival, "plans", choosing), *new]
@@ -180,9 +200,9 @@ def even_budget(
             f"{share:g} of the full cache leaves {room} slots a head besides {SINKS} sinks and the queries of {name},"
             " expected room for a window and for selected keys"
         )
-    family = name if name.startswith(ADAPTIVE) else f"select {score}"
-    label = f"{family} {100 * share:g}%"
-    if family == name:
+    label = score_name(name, share)
+    family = label.rpartition(" ")[0]
+    if name.startswith(ADAPTIVE):
         adaptive = AdaptiveCompressor(SINKS + room, score, SINKS, window, choosing=choosing)
         return Contender(label, family, adaptive, None, rival, "plans", first_eviction=SINKS + room)
     plan = uniform(config, Retention(SINKS, window, room - window, score), policy=family)
@@ -296,9 +316,9 @@ def benchmark_contenders(
                 load_classifications(classifications), Architecture.of_config(config).num_key_value_heads
             )
             found.append(head_aware(HEAD_AWARE, fitting(table, classifications, config)))
-        for path in plans:
+        for name, path in named_plans(plans).items():
             plan = fitting(RetentionPlan.load(path), path, config)
-            found.append(head_aware(f"{HEAD_AWARE} {Path(path).stem}", plan))
+            found.append(head_aware(f"{HEAD_AWARE} {name}", plan))
     return list(by_name(found).values())
 
 
