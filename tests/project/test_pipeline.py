@@ -101,7 +101,7 @@ def test_git_holds_reports_and_no_data(project: Path) -> None:
     tracked = run(project, "git", "ls-files", "data", "reports").stdout.split()
     assert [name for name in tracked if name.startswith("data")] == ["data/.gitignore"]
     figures = {name for name in tracked if name.endswith(".png")}
-    assert len(figures) == 11
+    assert len(figures) == 12
     for name in ("index.html", "benchmark/benchmark.md", "classes/metrics.json", "analysis/plots/heads.json"):
         assert f"reports/{name}" in tracked
     assert sum(name.startswith("reports/plans/") for name in tracked) == 29
