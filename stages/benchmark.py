@@ -54,8 +54,10 @@ def main(
     methods = list(METHODS) if everything else list(method or ())
     require_known(methods)
     table = data_dir / "refined_classifications.json"
-    read = {"classifications_path": classifications_path or table, "plan": plan or list(plans_dir.glob("*/*.json"))}
-    require_apart_from_model(params, data_dir, model_id, [output, metrics_file], **read)
+    classes, read = classifications_path or table, plan or list(plans_dir.glob("*/*.json"))
+    require_apart_from_model(
+        params, data_dir, model_id, [output, metrics_file], classifications_path=classes, plan=read
+    )
     settings = load_section(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens
     )
@@ -65,12 +67,12 @@ def main(
     require_fit(settings, record.max_context, record.id, growing)
     texts = load_texts(data_dir / "corpus", "evaluation")
     model, tokenizer = load_model(record, loading)
-    paths, classes = list(plan or ()), classifications_path
-    if not paths and classes is None:
+    paths, chosen = list(plan or ()), classifications_path
+    if not paths and chosen is None:
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
         # Plans by price do not depend on classes, so a new threshold alone times nothing again.
-        classes = table if everything or not paths else None
-    contenders = benchmark_contenders(methods, model.config, settings, classes, paths)
+        chosen = table if everything or not paths else None
+    contenders = benchmark_contenders(methods, model.config, settings, chosen, paths)
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing, store=store)
     if output:

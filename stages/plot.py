@@ -12,7 +12,7 @@ import typer
 
 from kvcompress.core.artifacts import read_json, write_json, write_text
 from kvcompress.core.errors import InputError
-from kvcompress.core.outputs import require_outputs
+from kvcompress.core.outputs import Paths, require_outputs
 from kvcompress.core.params import load_section
 from kvcompress.evaluation.params import ScoringParams
 from kvcompress.reporting.params import PlotParams
@@ -125,7 +125,7 @@ def main(
     dpi, folder = load_section(PlotParams, params).dpi, reports_dir / name
     paths = list(results or [data_dir / file for file in RESULTS.get(name, ["head_statistics.json"])])
     classes = classifications_path or data_dir / "refined_classifications.json"
-    inputs = {"--params": params, "the result": paths, "--classifications-path": classes}
+    inputs: dict[str, Paths] = {"--params": params, "the result": paths, "--classifications-path": classes}
     require_outputs(inputs, [], [folder])
     if name == "analysis":
         plot_analysis(folder, params, data_dir, classes, dpi)

@@ -34,9 +34,9 @@ def require_outputs(inputs: Mapping[str, Paths], files: Iterable[Path | None], f
     for path, folder in places:
         require_writable(path, folder)
     for name, paths in inputs.items():
-        for path in [paths] if isinstance(paths, str | Path) else paths or ():
+        for read in [paths] if isinstance(paths, str | Path) else paths or ():
             for output in outputs:
-                require_apart(output, name, path)
+                require_apart(output, name, read)
 
 
 def require_apart(output: Path, name: str, path: str | Path) -> None:
