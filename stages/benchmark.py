@@ -1,7 +1,7 @@
 """Speed, memory and quality of methods on one run. Run: python -m stages.benchmark --compare-all"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,10 @@ def main(
     methods = list(METHODS) if everything else list(method or ())
     require_known(methods)
     table = data_dir / "refined_classifications.json"
-    read = {"classifications_path": classifications_path or table, "plan": plan or list(plans_dir.glob("*/*.json"))}
+    read: dict[str, Any] = {
+        "classifications_path": classifications_path or table,
+        "plan": plan or list(plans_dir.glob("*/*.json")),
+    }
     require_apart_from_model(params, data_dir, model_id, [output, metrics_file], **read)
     settings = load_section(
         BenchmarkParams, params, num_samples=num_samples, max_tokens=max_tokens, max_new_tokens=max_new_tokens

@@ -6,6 +6,7 @@ turn. Prompts attend in full and are compressed at their end (exact prefill). Th
 transformers: `DynamicCache` and the model's own attention.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -315,6 +316,9 @@ def benchmark_result(
     asked = [[text, hash_of(tokens.tolist())] for text, tokens in samples]
     how = ["benchmark", name, [one.name for one in contenders], params.model_dump(), growing, asked]
     if store and (known := store.get(settings, *how)) is not None:
+        sys.stderr.write(
+            f"benchmark: no input has changed, earlier times are reused (in {store.folder}, may be deleted)\n"
+        )
         return dict(known)
     records = run_benchmark(model, samples, contenders, params, progress)
     weights = sum(weight.nbytes for weight in model.parameters())
