@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,11 +241,11 @@ def test_an_interrupted_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: 
     contenders = {name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4)) for name, kept in PLANS.items()}
     kept, put = [], ResultStore.put
 
-    def fail(self: ResultStore, key: list, value: object) -> None:
+    def fail(self: ResultStore, *given: Any) -> None:
         if len(kept) == 4:
             raise KeyboardInterrupt
-        kept.append(key)
-        put(self, key, value)
+        kept.append(given)
+        put(self, *given)
 
     monkeypatch.setattr(ResultStore, "put", fail)
     with pytest.raises(KeyboardInterrupt):

@@ -19,6 +19,7 @@ PROJECT = (
     "pipeline",
     "stages",
     "dvc.yaml",
+    "reports/dvc.yaml",
     "params.yaml",
     ".dvcignore",
     ".dvc/config",

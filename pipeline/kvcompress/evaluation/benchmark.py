@@ -6,6 +6,7 @@ turn. Prompts attend in full and are compressed at their end (exact prefill). Th
 transformers: `DynamicCache` and the model's own attention.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -310,10 +311,14 @@ def benchmark_result(
     "process_peak_bytes"}`. Raises `InputError` if a text is too short for the samples.
     """
     samples = samples_of(tokenizer, texts, params)
-    listed = [[one.name, one.family, settings_of(one.compressor)] for one in contenders]
+    found = [settings_of(one.compressor) for one in contenders]
+    settings = "; ".join(filter(None, found)) if all(found) else None
     asked = [[text, hash_of(tokens.tolist())] for text, tokens in samples]
-    key = ["benchmark", name, params.model_dump(), growing, listed, asked]
-    if store and (known := store.get(key)) is not None:
+    how = ["benchmark", name, [one.name for one in contenders], params.model_dump(), growing, asked]
+    if store and (known := store.get(settings, *how)) is not None:
+        sys.stderr.write(
+            f"benchmark: no input has changed, earlier times are reused (in {store.folder}, may be deleted)\n"
+        )
         return dict(known)
     records = run_benchmark(model, samples, contenders, params, progress)
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -324,6 +329,6 @@ def benchmark_result(
     result |= {"weight_bytes": weight_bytes(model), "copy_bytes_per_s": round(bandwidth)}
     result |= {"growth": decode_growth(model, plans, params, bandwidth, progress) if growing else []}
     result |= {"process_peak_bytes": process_peak_bytes()}
-    if store and all(settings for _, _, settings in listed):
-        store.put(key, result)
+    if store:
+        store.put(result, settings, *how)
     return result

@@ -114,11 +114,6 @@ class Reference:
 Compare = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def no_reference(first: int, log_probs: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand for a reference where none is wanted: all values are NaN."""
-    return torch.full((len(top),), torch.nan), torch.full((len(top),), torch.nan)
-
-
 def streaming_cache(compressor: Compressor, model: PreTrainedModel) -> RaggedCache:
     """Return an empty cache that never attends beyond what it holds.
 
@@ -130,11 +125,12 @@ def streaming_cache(compressor: Compressor, model: PreTrainedModel) -> RaggedCac
 
 
 def score_document(
-    model: PreTrainedModel, tokens: Tensor, cache: RaggedCache, chunk_size: int, compare: Compare = no_reference
+    model: PreTrainedModel, tokens: Tensor, cache: RaggedCache, chunk_size: int, compare: Compare | None = None
 ) -> tuple[Tensor, list[int]]:
     """Feed the tokens that the cache has not seen and score each prediction. The model must be attached.
 
-    Returns MEASURES `[measure, token]` and the bytes held after each pass, a prefill that was before included.
+    Returns MEASURES `[measure, token]` and the bytes held after each pass, an earlier prefill included. Without `compare`,
+    a method of `Reference`, `same_top` and `kl` are NaN.
     """
     pieces, held = [], [cache.held_nbytes] if cache.seen else []
     tokens, first = tokens.to(input_device(model)), cache.seen
@@ -145,7 +141,7 @@ def score_document(
         target = tokens[start + 1 : start + 1 + len(chunk)].to(logits.device)  # one fewer in the last chunk
         log_probs = torch.log_softmax(logits[: len(target)].float(), -1)
         top = log_probs.argmax(-1)
-        same, kl = compare(start - first, log_probs, top)
+        same, kl = compare(start - first, log_probs, top) if compare else torch.full((2, len(top)), torch.nan)
         nll = -log_probs.gather(1, target[:, None])[:, 0]
         pieces.append(torch.stack([nll.cpu(), (top == target).float().cpu(), same, kl]))
     return torch.cat(pieces, 1).double(), held
@@ -194,21 +190,19 @@ def score_contenders(
     with torch.inference_mode(), distributed.progress(total, f"perplexity, {label}", "run", progress) as bar:
         for i in own:
             tokens, numbers = batch[i][1], dict(zip(contenders, count(i * len(contenders)), strict=False))
-            keys = {
-                name: ["quality", settings_of(one), hash_of(tokens.tolist()), sizes[name], context, references]
-                for name, one in contenders.items()
-            }
-            known = {name: store.get(key) for name, key in keys.items()} if store else {}
-            missing = {name: one for name, one in contenders.items() if known.get(name) is None}
-            for name in contenders:
-                if name not in missing:
-                    records[numbers[name]] = torch.tensor(known[name], dtype=torch.float64)
+            how = ["quality", hash_of(tokens.tolist()), chunk_size, context, references]
+            missing = dict(contenders)
+            for name, one in contenders.items():
+                known = store.get(settings_of(one), *how, sizes[name]) if store else None
+                if known is not None:
+                    records[numbers[name]] = torch.tensor(known, dtype=torch.float64)
+                    del missing[name]
                     bar.update()
             for name, record in document_records(model, tokens, missing, sizes, context, references):
                 if name in missing:
                     records[numbers[name]] = record
-                    if store and keys[name][1]:
-                        store.put(keys[name], record.tolist())
+                    if store:
+                        store.put(record.tolist(), settings_of(missing[name]), *how, sizes[name])
                     bar.update()
     found = distributed.in_order(records, len(batch) * len(contenders))
     texts = [text for text, _ in batch]
@@ -236,13 +230,11 @@ def document_records(
     caches = read_prompt(model, tokens[:context], order) if context else {}
     for name, compressor in order.items():
         start = time.perf_counter()
-        compare: Compare = no_reference
-        if references:
-            compare = reference.record if name == FULL_CACHE else reference.compare
+        compare = reference.record if name == FULL_CACHE else reference.compare
         with compressor.attached(model):
             cache = caches.pop(name) if context else streaming_cache(compressor, model)
             size = sizes.get(name, max(sizes.values()))
-            measures, held = score_document(model, tokens, cache, size, compare)
+            measures, held = score_document(model, tokens, cache, size, compare if references else None)
         peak = cache.peak_nbytes + cache.evidence_nbytes  # the latter does not change once keys have been selected
         yield name, packed(measures, held, peak, time.perf_counter() - start)
 

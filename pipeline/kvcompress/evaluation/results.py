@@ -37,25 +37,30 @@ class ResultStore:
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
 
-    def get(self, key: Sequence[Any]) -> Any | None:
-        """Return the result with this key (JSON values), None if there is none."""
+    def get(self, settings: str | None, *key: Any) -> Any | None:
+        """Return the result of a compressor with these settings (`settings_of`) and the rest of its key (JSON values).
+
+        None if there is none.
+        """
         try:
-            return read_json(self._path(key))
+            return read_json(self._path(settings, key)) if settings else None
         except InputError:
             return None
 
-    def put(self, key: Sequence[Any], value: Any) -> None:
-        """Keep a result, a JSON value."""
-        write_text(self._path(key), dumps(value, allow_nan=False))
+    def put(self, value: Any, settings: str | None, *key: Any) -> None:
+        """Keep a result, a JSON value, unless the settings are unknown."""
+        if settings:
+            write_text(self._path(settings, key), dumps(value, allow_nan=False))
 
-    def _path(self, key: Sequence[Any]) -> Path:
-        return self.folder / f"{sha256(dumps([self.origin, *key], sort_keys=True).encode()).hexdigest()[:40]}.json"
+    def _path(self, settings: str, key: Sequence[Any]) -> Path:
+        text = dumps([self.origin, settings, *key], sort_keys=True)
+        return self.folder / f"{sha256(text.encode()).hexdigest()[:40]}.json"
 
 
 def settings_of(compressor: Compressor | None) -> str | None:
-    """Return all settings of a compressor as text, None if they cannot be written down, so that no result is kept.
+    """Return all settings of a compressor as text, None if they have no text and no result can be kept.
 
-    The default cache of transformers (None) has none.
+    None stands for the default cache of transformers.
     """
     if compressor is None:
         return "DynamicCache"

@@ -54,15 +54,14 @@ def retrieve(
     with torch.inference_mode(), distributed.progress(len(own), f"retrieval, {prefill}", "case", progress) as bar:
         for i in own:
             case = cases[i]
-            asked = hash_of(case.context), hash_of(case.question + case.answer)
-            how = [prefill, chunk_size if prefill == "streaming" else 0]
-            keys = {name: ["retrieval", settings_of(one), *asked, *how] for name, one in contenders.items()}
-            rights = {name: store.get(key) if store else None for name, key in keys.items()}
+            size = chunk_size if prefill == "streaming" else 0
+            how = ["retrieval", hash_of(case.context), hash_of(case.question + case.answer), prefill, size]
+            rights = {name: store.get(settings_of(one), *how) if store else None for name, one in contenders.items()}
             missing = {name: one for name, one in contenders.items() if rights[name] is None}
             for name, right in answers(model, case, missing, prefill, chunk_size).items():
                 rights[name] = right
-                if store and keys[name][1]:
-                    store.put(keys[name], right)
+                if store:
+                    store.put(right, settings_of(missing[name]), *how)
             found[i] = torch.tensor([float(bool(right)) for right in rights.values()])
             bar.update()
     table = [[bool(right) for right in rights] for rights in distributed.in_order(found, len(cases))]
