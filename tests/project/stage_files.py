@@ -28,7 +28,7 @@ def declared_stages(text: str) -> dict[str, dict[str, Any]]:
 
 def _filled(value: Any, variables: dict[str, str]) -> Any:
     if isinstance(value, dict):
-        return {key: _filled(one, variables) for key, one in value.items()}
+        return {_filled(key, variables): _filled(one, variables) for key, one in value.items()}
     if isinstance(value, list):
         return [_filled(one, variables) for one in value]
     if isinstance(value, str):
