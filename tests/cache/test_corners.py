@@ -79,7 +79,7 @@ def test_recording_is_bounded_and_ends_with_reset():
             sizes.append(cache.nbytes)
         assert sizes[-1] == sizes[-100]
         cache.crop(-3)
-        with pytest.raises(CacheUseError, match="forgotten keys"):
+        with pytest.raises(CacheUseError, match="evicted keys"):
             cache.crop(-3)
         cache.reset()
         feed(model, cache, tokens(1, 40), [1])

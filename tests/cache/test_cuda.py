@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress.cache import attend
-from kvcompress.cache.head_group import Group
+from kvcompress.cache.head_group import HeadGroup
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.storage import Meter
 from kvcompress.core.retention import FULL, Retention
@@ -67,13 +67,13 @@ def test_cuda_reads_unpadded_chunks_as_the_oracle_does(monkeypatch, family, plan
 @pytest.mark.parametrize(("of_head", "size"), [(4, 128), (1, 80), (3, 64)])
 def test_cuda_reads_long_chunks_as_the_cpu_does(kept, of_head, size, dtype):
     torch.manual_seed(0)
-    groups = [Group(kept, range(2), Meter()) for _ in range(2)]
-    how = attend.Reading(Padding(), None)
+    groups = [HeadGroup(kept, range(2), Meter()) for _ in range(2)]
+    how = attend.AttendOptions(Padding(), None)
     for new in (1000, 37, 2, 500):
         query = torch.randn(2, 2, of_head, new, size).to(dtype)
         keys, values = torch.randn(2, 2, 2, new, size).to(dtype)
-        expected = attend.read(groups[0], query.float(), keys.float(), values.float(), how)
-        found = attend.read(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
+        expected = attend.attend_group(groups[0], query.float(), keys.float(), values.float(), how)
+        found = attend.attend_group(groups[1], query.cuda(), keys.cuda(), values.cuda(), how).float().cpu()
         assert (found - expected).norm() / expected.norm() < 5e-3
 
 

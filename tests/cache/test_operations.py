@@ -98,7 +98,7 @@ def test_a_crop_that_cannot_be_exact_is_refused_and_changes_nothing(model):
     with attached(model):
         cache = streaming(model, "mixed")
         feed(model, cache, ids[:, :39], [39])
-        with pytest.raises(CacheUseError, match="crop: layer 0 has forgotten keys"):
+        with pytest.raises(CacheUseError, match="crop: layer 0 has evicted keys"):
             cache.crop(-3)
         with pytest.raises(CacheUseError, match="only 39 were seen"):
             cache.crop(-40)

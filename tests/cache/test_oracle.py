@@ -143,7 +143,7 @@ def slow_flash(query, keys, values, left, right, scale):
 def test_chunks_that_need_no_mask_agree_with_the_oracle(monkeypatch, family, plan):
     """As a GPU reads them: by an attention that knows where the last columns stand, and one that knows a window."""
     used, windowed = [], []
-    monkeypatch.setattr(attend, "needs_no_mask", lambda *_: used.append(1) or True)
+    monkeypatch.setattr(attend, "flash_serves", lambda *_: used.append(1) or True)
     monkeypatch.setattr("kvcompress.cache.flash_window.flash", lambda *a: windowed.append(1) or slow_flash(*a))
     model, ids = model_of(family), tokens(2, LENGTH)
     expected = oracle(model, plan, ids, None)

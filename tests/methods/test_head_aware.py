@@ -28,7 +28,7 @@ def test_the_published_classification_loads_as_it_is():
     assert summary["heads_with_sinks"] == 813
     assert summary["strategies"] == {"full": 202, "sink_window": 813, "window_only": 9}
     rows = json.loads(PUBLISHED.read_text())["classifications"]
-    kept = compressor.retention(shape(32, 32, 32))
+    kept = compressor.plan_for(shape(32, 32, 32))
     for row in rows:
         here = kept[row["layer_idx"]][row["head_idx"]]
         if row["compression_strategy"] == "none" or row["recommended_window"] == -1:
@@ -49,18 +49,18 @@ def test_query_heads_are_joined_once_the_kv_heads_are_known(tmp_path):
     rows += [head(2, "prune", 0, False), head(3, "full", -1, False)]
     save_classifications(path, rows)
     union = HeadAwareCompressor.from_classifications(path)
-    assert union.retention(shape(1, 4, 4)) == [[Retention(4, 8), Retention(0, 16), PRUNED, FULL]]
-    assert union.retention(shape(1, 2, 4)) == [[Retention(4, 16), FULL]]
-    assert union.retention(shape(1, 1, 4)) == [[FULL]]
+    assert union.plan_for(shape(1, 4, 4)) == [[Retention(4, 8), Retention(0, 16), PRUNED, FULL]]
+    assert union.plan_for(shape(1, 2, 4)) == [[Retention(4, 16), FULL]]
+    assert union.plan_for(shape(1, 1, 4)) == [[FULL]]
     least = HeadAwareCompressor.from_classifications(path, join="intersection")
-    assert least.retention(shape(1, 2, 4)) == [[Retention(0, 8), PRUNED]]
+    assert least.plan_for(shape(1, 2, 4)) == [[Retention(0, 8), PRUNED]]
 
 
 def test_a_plan_comes_back_from_its_file(tmp_path):
     layers = ((Retention(4, 8), FULL), (PRUNED, Retention(0, 3)))
     RetentionPlan(layers, 4, "tiny").save(tmp_path / "plan.json")
     compressor = HeadAwareCompressor.from_plan(tmp_path / "plan.json")
-    assert compressor.retention(shape(2, 2, 4)) == [list(layer) for layer in layers]
+    assert compressor.plan_for(shape(2, 2, 4)) == layers
     assert compressor.get_compression_summary() == {
         "num_layers": 2,
         "heads_per_layer": 2,
@@ -89,4 +89,4 @@ def test_the_same_for_every_head_of_a_model(strategy, kept):
     compressor = HeadAwareCompressor.from_model_config(
         config, default_strategy=strategy, sink_size=4, window_size=508, skip_layers=[1]
     )
-    assert compressor.retention(Architecture.of_config(config)) == [[kept] * 3, [FULL] * 3]
+    assert [layer.retention for layer in compressor.new_cache(config).layers] == [[kept] * 3, [FULL] * 3]

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from kvcompress.cache.layer import Shared
-from kvcompress.cache.select.batched import choose_due
-from kvcompress.cache.select.head_group import ChoosingGroup
-from kvcompress.cache.select.layer import ChoosingLayer
+from kvcompress.cache.layer import CacheState
+from kvcompress.cache.select import exchange
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.core.retention import Retention
 from kvcompress.scores.registry import SCORES
 from tests.cache.cache_tools import LAYERS, feed, model_of, padded, tokens
@@ -29,14 +28,14 @@ def decoded(model, layers, prefill, pads, rows=None):
 
 @pytest.fixture
 def weighed(monkeypatch):
-    """How many heads every weighing was of."""
-    heads, real = [], ChoosingGroup.weigh
+    """Return a list that gets the number of heads of every selection before a pass."""
+    heads, real = [], exchange.select
 
-    def weigh(self, keys, *rest):
-        heads.append(keys.shape[1])
-        return real(self, keys, *rest)
+    def select(groups, inputs):
+        heads.append(sum(len(group.heads) for group in groups))
+        real(groups, inputs)
 
-    monkeypatch.setattr(ChoosingGroup, "weigh", weigh)
+    monkeypatch.setattr(exchange, "select", select)
     return heads
 
 
@@ -48,7 +47,7 @@ def test_heads_choose_together_what_they_choose_alone(monkeypatch, weighed, scor
     layers = select_layers(model, score)
     found, together, cache = decoded(model, layers, prefill, pads)
     at_once = list(weighed)
-    monkeypatch.setattr("kvcompress.cache.select.batched.LARGEST", 0)
+    monkeypatch.setattr("kvcompress.cache.select.exchange.LARGEST", 0)
     weighed.clear()
     expected, alone, other = decoded(model, layers, prefill, pads)
     assert max(at_once) > max(weighed)
@@ -71,7 +70,7 @@ def test_no_more_is_laid_side_by_side_than_allowed(monkeypatch, weighed):
     layers = [[Retention(2, 5, 4, "key_norm")] * width] * LAYERS
     for bytes_short, heads in ((0, width * LAYERS), (1, width * (LAYERS - 1))):
         _, _, cache = decoded(model, layers, "streaming", pads=False)
-        monkeypatch.setattr("kvcompress.cache.select.batched.LARGEST", cache.nbytes - bytes_short)
+        monkeypatch.setattr("kvcompress.cache.select.exchange.LARGEST", cache.nbytes - bytes_short)
         weighed.clear()
         decoded(model, layers, "streaming", pads=False)
         assert max(weighed) == heads
@@ -88,11 +87,15 @@ def test_heads_that_differ_do_not_choose_as_one(weighed, other):
 
 
 def test_layers_of_different_scaling_do_not_choose_as_one(weighed):
-    kept, shared, generator = Retention(2, 5, 4, "snapkv"), Shared("streaming", choosing=CHOOSING), torch.Generator()
-    layers = [ChoosingLayer([kept] * 2, shared) for _ in range(3)]
+    kept, shared, generator = (
+        Retention(2, 5, 4, "snapkv"),
+        CacheState("streaming", selection_rule=CHOOSING),
+        torch.Generator(),
+    )
+    layers = [SelectLayer([kept] * 2, shared) for _ in range(3)]
     for _ in range(kept.capacity):
         query, keys, values = (torch.randn(1, 2, 1, 8, generator=generator) for _ in range(3))
         for layer, scale in zip(layers, (0.1, 3.0, 0.1), strict=True):
             layer.attend(query, keys, values, scale, 0.0)
-    choose_due(layers)
+    exchange.select_due(layers)
     assert weighed == [4, 2]

@@ -8,14 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvcompress.cache.layer import Shared
-from kvcompress.cache.select.layer import ChoosingLayer
-from kvcompress.cache.select.record import of_head
+from kvcompress.cache.layer import CacheState
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.core.retention import Retention
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.registry import SCORES, make_score
 from kvcompress.scores.selection_rule import SelectionRule
+from tests.reference.recorded import of_head
 from tests.reference.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7
@@ -106,8 +106,8 @@ def test_every_choice_is_that_of_the_slow_score(name, shift, beside, prefill, ch
     kept = [Retention(2, 6, 4, name), Retention(*beside, names[(names.index(name) + shift) % len(names)])]
     scores = {other: make_score(other, **parameters) for other, parameters in OTHERS.items()}
     choosing = SelectionRule(every, observe, scores, ROTATION)
-    layer, record = ChoosingLayer(kept, Shared(prefill, choosing=choosing)), []
-    layer.record_choices(record)
+    layer, record = SelectLayer(kept, CacheState(prefill, selection_rule=choosing)), []
+    layer.record_selections(record)
     query, keys, values = text()
     begin = 0
     for new in chunks:

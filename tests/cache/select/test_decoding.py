@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from kvcompress.cache import fused_decode
 from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import feed, model_of, padded, tokens
@@ -24,8 +23,6 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 def test_captured_steps_choose_when_it_is_time(monkeypatch, way, prefill, score, pads):
     if way == "stand-in":
         stand_in(monkeypatch)
-    elif way == "cuda":
-        monkeypatch.setattr(fused_decode, "FUSED", True)
     device = "cuda" if way == "cuda" else "cpu"
     model = copy.deepcopy(model_of("gpt_neox")).to(device)  # whose heads of 16 the kernel can serve
     prompt = PROMPT + (6 if pads else 0)

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.cache.layer import Shared
-from kvcompress.cache.select.layer import ChoosingLayer
+from kvcompress.cache.layer import CacheState
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.core.retention import Retention
 from kvcompress.scores.selection_rule import SelectionRule
 
@@ -22,12 +22,12 @@ chunks = st.lists(st.integers(1, 20), min_size=1, max_size=7)
     chunks=chunks,
     pads=st.lists(st.integers(0, 25), min_size=1, max_size=3),
     prefill=st.sampled_from(["exact", "streaming"]),
-    choosing=st.builds(SelectionRule, st.integers(1, 9), st.integers(1, 5)),
+    rule=st.builds(SelectionRule, st.integers(1, 9), st.integers(1, 5)),
 )
-def test_positions_held(heads, chunks, pads, prefill, choosing):
-    shared = Shared(prefill, choosing=choosing)
+def test_positions_held(heads, chunks, pads, prefill, rule):
+    shared = CacheState(prefill, selection_rule=rule)
     shared.padding.set(torch.tensor(pads) if any(pads) else None)
-    layer = ChoosingLayer(heads, shared)
+    layer = SelectLayer(heads, shared)
     generator = torch.Generator().manual_seed(sum(chunks))
     batch, seen = len(pads), 0
     for new in chunks:
