@@ -54,7 +54,8 @@ def plan_of(contenders: Mapping[str, Contender], name: str) -> RetentionPlan:
 def test_a_continuation_is_the_exact_prefill_masked_as_recorded() -> None:
     model, texts = tiny_model("llama"), documents()
     contenders = {
-        name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4), selection_rule=CHOOSING) for name, kept in PLANS.items()
+        name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4), selection_rule=CHOOSING)
+        for name, kept in PLANS.items()
     }
     found = {
         size: score_contenders(model, texts, contenders, size, progress=False, context=CONTEXT)
