@@ -108,7 +108,9 @@ def compressors() -> dict[str, Compressor]:
     return {
         "full cache": HeadAwareCompressor([[FULL] * 4] * 2, query_heads=False),
         "windows": HeadAwareCompressor(WINDOWS.layers, query_heads=False),
-        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, selection_rule=SelectionRule(every=4, observe=5)),
+        "chosen": HeadAwareCompressor(
+            CHOSEN.layers, query_heads=False, selection_rule=SelectionRule(every=4, observe=5)
+        ),
         "l2": L2Compressor(0.5, 32, skip_layers=[0]),
         "fix": FixSizeL2Compressor(24, 0.5, skip_layers=[]),
         "in the cache": StreamingLLMCompressor(2, 20, positions="cache"),
