@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import _models, _timing
-from kvcompress.cache.attend import Reading, attend
+from kvcompress.cache.attend import AttendOptions, attend
 from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.cache.dispatch import attached
 from kvcompress.cache.padding import Padding
@@ -116,7 +116,7 @@ class Layer:
         out = torch.zeros_like(query)
         for part in self.parts:
             heads = slice(part.heads[0], part.heads[-1] + 1)
-            out[:, heads] = attend(query[:, heads], part.keys, part.values, None, Reading(Padding(), None))
+            out[:, heads] = attend(query[:, heads], part.keys, part.values, None, AttendOptions(Padding(), None))
         return out.view_as(self.query)
 
     def kernel(self) -> Tensor:

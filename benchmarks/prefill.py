@@ -130,10 +130,10 @@ Contenders = dict[str, tuple[HeadAwareCompressor, str, float]]  # compressor, it
 def of_scores(config: Any, slots: int, names: list[str], rule: SelectionRule) -> Contenders:
     """The window plan and one plan for each score, all with `slots` slots a head."""
     chosen, make = (slots - SINKS) // 2, partial(HeadAwareCompressor.from_model_config, config, sink_size=SINKS)
-    found: Contenders = {WINDOW: (make("sink_window", window_size=slots - SINKS, choosing=rule), WINDOW, slots)}
+    found: Contenders = {WINDOW: (make("sink_window", window_size=slots - SINKS, selection_rule=rule), WINDOW, slots)}
     for name in names:
         window = slots - SINKS - chosen
-        selecting = make("select", window_size=window, select_size=chosen, score=name, choosing=rule)
+        selecting = make("select", window_size=window, select_size=chosen, score=name, selection_rule=rule)
         found[name] = selecting, WINDOW, slots
     return found
 
@@ -146,7 +146,7 @@ def like(config: Any, name: str, plan: RetentionPlan, tokens: int, rule: Selecti
     slots = sum(kept.held(tokens) for layer in mine for kept in layer) / (len(layers) * width)
     rival = f"{WINDOW} of {round(slots)}"
     same = HeadAwareCompressor.from_model_config(config, "sink_window", SINKS, round(slots) - SINKS)
-    compressor = HeadAwareCompressor(mine, query_heads=False, choosing=rule)
+    compressor = HeadAwareCompressor(mine, query_heads=False, selection_rule=rule)
     return {rival: (same, rival, round(slots)), name: (compressor, rival, slots)}
 
 

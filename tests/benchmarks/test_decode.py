@@ -6,7 +6,6 @@ from transformers import LlamaConfig
 
 from benchmarks import decode
 from benchmarks.decode import DYNAMIC, EAGER, FULL, PLAN, STATIC
-from kvcompress.cache import fused_decode
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.decode_steps import plan_of
 from tests.benchmarks.programs import refused, result_of
@@ -42,7 +41,6 @@ def test_one_layer(tmp_path):
 
 
 def test_whole_steps(monkeypatch, tmp_path):
-    monkeypatch.setattr(fused_decode, "FUSED", CUDA)
     monkeypatch.setitem(update_docs.MODELS, "tiny", "Tiny")
     result = result_of(decode.app, ["steps", "--tiny", "--rounds", "2", "--steps", "3", *DEVICE], tmp_path)
     costs = result["step"]["costs"]

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvcompress.cache.ragged_layer import clipped
+from kvcompress.cache.ragged_layer import clip
 from kvcompress.core.plan import RetentionPlan
 from kvcompress.core.retention import FULL, PRUNED, Retention
 from kvcompress.methods import HeadAwareCompressor
@@ -115,7 +115,7 @@ def compressor_for(model: PreTrainedModel, name: str) -> HeadAwareCompressor:
 def clipped_plan(model: PreTrainedModel, name: str) -> list[list[Retention]]:
     """What the plan comes to on a model with a sliding window of its own."""
     limits = Architecture.of_config(model.config).sliding_windows
-    return [[clipped(kept, limits[i]) for kept in layer] for i, layer in enumerate(plan_for(model, name))]
+    return [[clip(kept, limits[i]) for kept in layer] for i, layer in enumerate(plan_for(model, name))]
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

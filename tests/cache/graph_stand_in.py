@@ -80,7 +80,6 @@ def slow_decode(query, table, value_size, seen, pads, scale, scratch, new, settl
 
 def stand_in(monkeypatch):
     """Let the cache and the decoder believe in a GPU."""
-    monkeypatch.setattr(fused_decode, "FUSED", True)
     monkeypatch.setattr(fused_decode, "can_decode", lambda *_: True)
     monkeypatch.setattr(fused_decode, "table_of", lambda parts, heads: (parts, heads))
     monkeypatch.setattr(fused_decode, "decode", slow_decode)

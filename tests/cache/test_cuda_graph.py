@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from kvcompress.cache import fused_decode
 from kvcompress.cache.cuda_graph import GraphedDecoder
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.methods import StreamingLLMCompressor
@@ -25,8 +24,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def way(request, monkeypatch):
     if request.param == "stand-in":
         stand_in(monkeypatch)
-    elif request.param == "cuda":
-        monkeypatch.setattr(fused_decode, "FUSED", True)
     return request.param
 
 
@@ -178,7 +175,7 @@ def test_a_static_cache_that_cannot_be_served_is_refused(way):
     with pytest.raises(CacheUseError, match="filled in inference mode"):
         GraphedDecoder(model, static, 4)
     sliding = moved("mistral", way)
-    with pytest.raises(CacheUseError, match="layers of StaticSlidingWindowLayer, expected StaticLayer"):
+    with pytest.raises(CacheUseError, match="layers of StaticSlidingWindowLayer; expected StaticLayer"):
         GraphedDecoder(sliding, StaticCache(config=sliding.config, max_cache_len=40), 4)
 
 
@@ -188,7 +185,7 @@ def test_a_reserved_cache_neither_grows_nor_moves(way):
     with compressor.attached(model):
         cache, _ = begin(model, compressor, ids[:, :PROMPT], mask)
         cache.reserve(PROMPT + NEW)
-        heads = [kept.held(PROMPT + NEW) for layer in cache.layers for kept in layer.kept]
+        heads = [kept.held(PROMPT + NEW) for layer in cache.layers for kept in layer.retention]
         assert cache.nbytes == sum(heads) * 3 * 2 * 8 * 4  # rows, keys and values, head size, bytes
         before = [tensor for layer in cache.layers for group in layer.groups for tensor in group.block.tensors]
         with torch.inference_mode():
@@ -205,11 +202,11 @@ def test_what_cannot_go_on_is_refused(way):
     with compressor.attached(model):
         with pytest.raises(CacheUseError, match="no token was seen yet"):
             GraphedDecoder(model, compressor.new_cache(model.config), 4)
-        with pytest.raises(CacheUseError, match="is a DynamicCache, expected"):
+        with pytest.raises(CacheUseError, match="is a DynamicCache; expected"):
             GraphedDecoder(model, model(ids, use_cache=True).past_key_values, 4)
         unfinished = compressor.new_cache(model.config, prompt_length=20)
         feed(model, unfinished, ids[:, :5], [5])
-        with pytest.raises(CacheUseError, match="5 tokens of the prompt were seen"):
+        with pytest.raises(CacheUseError, match="prompt is not complete, 5 tokens of it were seen"):
             GraphedDecoder(model, unfinished, 4)
         cache, logits = begin(model, compressor, ids, mask)
         with pytest.raises(InputError, match="max_new_tokens is 0"):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.cache.layer import Shared
+from kvcompress.cache.layer import CacheState
 from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.core.retention import FULL, PRUNED, Retention
 
@@ -23,7 +23,7 @@ def by_definition(kept: Retention, seen: int) -> list[int]:
 @settings(max_examples=200, deadline=None)
 @given(heads=heads, chunks=chunks, pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), recording=st.booleans())
 def test_positions_held_are_the_definition(heads, chunks, pads, recording):
-    shared = Shared("streaming")
+    shared = CacheState("streaming")
     shared.padding.set(torch.tensor(pads) if any(pads) else None)
     layer = RaggedLayer(heads, shared)
     layer.record_past = recording

@@ -54,7 +54,8 @@ def plan_of(contenders: Mapping[str, Contender], name: str) -> RetentionPlan:
 def test_a_continuation_is_the_exact_prefill_masked_as_recorded() -> None:
     model, texts = tiny_model("llama"), documents()
     contenders = {
-        name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4), choosing=CHOOSING) for name, kept in PLANS.items()
+        name: HeadAwareCompressor.from_plan(RetentionPlan(kept, 4), selection_rule=CHOOSING)
+        for name, kept in PLANS.items()
     }
     found = {
         size: score_contenders(model, texts, contenders, size, progress=False, context=CONTEXT)
@@ -119,7 +120,7 @@ def test_a_shared_prefill_fills_every_cache_as_its_own_would(name: str) -> None:
 
 def one_of(score: str) -> HeadAwareCompressor:
     plan = RetentionPlan(((Retention(2, 10, 8, score), FULL), (PRUNED, Retention(0, 30))), 4)
-    return HeadAwareCompressor.from_plan(plan, choosing=CHOOSING)
+    return HeadAwareCompressor.from_plan(plan, selection_rule=CHOOSING)
 
 
 def test_every_score_has_a_rival_of_the_same_bytes(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_every_score_has_a_rival_of_the_same_bytes(tmp_path: Path) -> None:
         if one.plan:
             assert one.plan.held(128) + kept_query_slots(one.plan, CHOOSING) == rival.held(128)
             assert one.plan.layers[1][1].score == one.family.split()[1] == name.split()[1]
-            assert one.compressor.choosing == CHOOSING  # type: ignore[union-attr]
+            assert one.compressor.selection_rule == CHOOSING  # type: ignore[union-attr]
     assert plan_of(contenders, "select key_diff 25%").layers[0][0] == Retention(4, 14, 14, "key_diff")
     assert plan_of(contenders, "select leverage 25%").layers[0][0] == Retention(4, 6, 6, "leverage")
     for shares, message in (

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.layer import Shared
-from kvcompress.cache.select.ada_kv import AdaptiveLayer, divided
+from kvcompress.cache.layer import CacheState
+from kvcompress.cache.select.ada_kv import AdaptiveBudgets, divided
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention
 from kvcompress.methods import AdaptiveCompressor
@@ -19,7 +20,7 @@ from tests.cache.test_bytes import head_size, tensors_alive_in
 from tests.reference.recorded import recorded_choices
 
 LENGTH, PROMPT = 60, 44
-SIZES = {"slots": 14, "sinks": 2, "window": 5, "choosing": CHOOSING}
+SIZES = {"slots": 14, "sinks": 2, "window": 5, "selection_rule": CHOOSING}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def run(model, compressor, ids, chunks, prompt_length=None):
 
 
 def kept_by(cache):
-    return [layer.kept for layer in cache.compressed_layers]
+    return [layer.retention for layer in cache.compressed_layers]
 
 
 @pytest.mark.parametrize("chunks", [[PROMPT, 1], [PROMPT, 9, 1], [20, 24, 16]])
@@ -55,7 +56,7 @@ def test_bytes_are_those_of_equal_heads_and_no_head_exceeds_its_slots(model, sco
     width = cache.compressed_layers[0].heads
     for layer, held in zip(cache.compressed_layers, cache.held(), strict=True):
         assert sum(held) == SIZES["slots"] * width
-        assert held == [kept.capacity for kept in layer.kept]
+        assert held == [kept.capacity for kept in layer.retention]
         assert layer.positions() == [sorted(set(places)) for places in layer.positions()]
         assert [len(places) for places in layer.positions()] == held
     assert cache.nbytes == cache.peak_nbytes == 2 * 4 * head_size(model) * SIZES["slots"] * width * len(cache.layers)
@@ -98,9 +99,8 @@ def test_what_a_layer_keeps_are_its_best_keys_whichever_head_they_belong_to():
     keys[:, 0] *= 0.05  # looks at all alike
     keys[0, 1, 20:23] = 3 * query[0, 1].mean(0) + 4
     query[0, 1] += 4
-    layer = AdaptiveLayer(
-        kept, heads, Shared(choosing=SelectionRule(every=4, scores={"snapkv": SnapKV(window=8, kernel=1)})), floor=0
-    )
+    rule = SelectionRule(every=4, scores={"snapkv": SnapKV(window=8, kernel=1)})
+    layer = SelectLayer([kept] * heads, CacheState(selection_rule=rule), None, AdaptiveBudgets(0))
     layer.attend(query, keys, keys, None, 0.0)
     places = torch.arange(columns)
     held = ScoreInputs(keys, keys, places[None, None], size**-0.5, query[:, :, -8:], places[None, -8:])
@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused(model):
             feed(model, compressor.new_cache(model.config), tokens(2, PROMPT), [PROMPT])
         ids, mask = padded(3, PROMPT)
         row = int((mask == 0).any(1).nonzero()[0])
-        with pytest.raises(CacheUseError, match="the longest padding is [1-9]"):
+        with pytest.raises(CacheUseError, match="1 rows with at most [1-9]"):
             feed(model, compressor.new_cache(model.config), ids[row : row + 1], [PROMPT], mask[row : row + 1])
         with pytest.raises(InputError, match="prefill is 'streaming', expected 'exact'"):
             compressor.new_cache(model.config, "streaming")

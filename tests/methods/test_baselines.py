@@ -142,12 +142,12 @@ def test_selecting_methods_refuse_what_they_cannot_do(model):
     cache = compressor.new_cache(model.config)
     l2_all = L2Compressor(0.5, 10, skip_layers=[])
     with l2_all.attached(model):
-        with pytest.raises(CacheUseError, match="need rows of equal length"):
+        with pytest.raises(CacheUseError, match="needs rows of equal length"):
             feed(model, l2_all.new_cache(model.config), ids, [20], mask)
         cache = l2_all.new_cache(model.config)
         feed(model, cache, tokens(1, 20), [20])
         cache.crop(0)
-        with pytest.raises(CacheUseError, match="layer 0 has forgotten keys"):
+        with pytest.raises(CacheUseError, match="layer 0 has evicted keys"):
             cache.crop(-1)
     with pytest.raises(InputError, match="has no streaming prefill"):
         compressor.new_cache(model.config, prefill="streaming")

@@ -94,7 +94,7 @@ def test_a_cache_of_another_architecture(model):
     shallow = HeadAwareCompressor([[Retention(4, 8)] * 6], query_heads=True)
     cache = compressor_for(model, "mixed").new_cache(model.config)
     del cache.layers[1]
-    with shallow_attached(model), pytest.raises(CacheUseError, match="made for 1 layers, the model has a layer 1"):
+    with shallow_attached(model), pytest.raises(CacheUseError, match="made for 1 layers; the model has a layer 1"):
         model(tokens(1, 5), past_key_values=cache)
     with pytest.raises(InputError, match="made for 1 layers, not 2"):
         shallow.new_cache(model.config)
@@ -152,7 +152,7 @@ def test_padding_that_is_not_left_padding(model, compressor, prefill):
             with pytest.raises(CacheUseError, match="only left padding can be compressed"):
                 model(ids, attention_mask=mask, past_key_values=cache)
         cache = compressor.new_cache(model.config, prefill=prefill)
-        with pytest.raises(CacheUseError, match="has 12 columns, expected 0 seen \\+ 10"):
+        with pytest.raises(CacheUseError, match="has 12 columns; expected 0 seen \\+ 10"):
             model(ids[:, :10], attention_mask=ones, past_key_values=cache)
         with pytest.raises(CacheUseError, match="got a ready-made mask"):
             model(ids, attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool), past_key_values=cache)
@@ -166,7 +166,7 @@ def test_padding_that_changes_on_the_way(model, compressor):
     with compressor.attached(model):
         cache = compressor.new_cache(model.config)
         feed(model, cache, ids[:, :20], [20], mask[:, :20])
-        with pytest.raises(CacheUseError, match="got no attention_mask"):
+        with pytest.raises(CacheUseError, match="the pass has no attention_mask"):
             model(ids[:, 20:], past_key_values=cache)
         with pytest.raises(CacheUseError, match="disagrees with the padding"):
             model(ids[:, 20:], past_key_values=cache, attention_mask=torch.ones(3, 30))
@@ -196,7 +196,7 @@ def test_numbers_and_words_that_make_no_sense(model):
     compressor = compressor_for(model, "mixed")
     with pytest.raises(InputError, match="prefill is 'lazy'"):
         compressor.new_cache(model.config, prefill="lazy")
-    with pytest.raises(InputError, match=r"prompt_length is 5, expected .* only with exact prefill"):
+    with pytest.raises(InputError, match=r"prompt_length is 5; expected .* only with exact prefill"):
         compressor.new_cache(model.config, prefill="streaming", prompt_length=5)
 
 

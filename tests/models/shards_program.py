@@ -108,7 +108,9 @@ def compressors() -> dict[str, Compressor]:
     return {
         "full cache": HeadAwareCompressor([[FULL] * 4] * 2, query_heads=False),
         "windows": HeadAwareCompressor(WINDOWS.layers, query_heads=False),
-        "chosen": HeadAwareCompressor(CHOSEN.layers, query_heads=False, choosing=SelectionRule(every=4, observe=5)),
+        "chosen": HeadAwareCompressor(
+            CHOSEN.layers, query_heads=False, selection_rule=SelectionRule(every=4, observe=5)
+        ),
         "l2": L2Compressor(0.5, 32, skip_layers=[0]),
         "fix": FixSizeL2Compressor(24, 0.5, skip_layers=[]),
         "in the cache": StreamingLLMCompressor(2, 20, positions="cache"),
@@ -153,7 +155,7 @@ def cached(model: PreTrainedModel) -> dict[str, Tensor]:
                     prompt, attention_mask=mask, past_key_values=fresh, max_new_tokens=24, do_sample=True
                 )
             prompt_length = 50 if prefill == "exact" else None
-            with judged(model, compressor.wishes, prefill, prompt_length, choices), torch.inference_mode():
+            with judged(model, compressor.retention, prefill, prompt_length, choices), torch.inference_mode():
                 found[f"{name}.{prefill}.judged"] = model(text, use_cache=False).logits[0] - logits[0]
     return found
 

@@ -131,7 +131,7 @@ def test_what_a_part_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
         use_attention(model, "kvcompress_observe")
     joined(monkeypatch, 2, one_model=True)
     assert shard_of(model.config) == HeadShard(1, 2)
-    with pytest.raises(UnsupportedModelError, match="draws at random for all heads"):
+    with pytest.raises(UnsupportedModelError, match="draws for all heads"):
         FixSizeL2Compressor(8, strategy="random").new_cache(model.config)
     compressor = HeadAwareCompressor.from_model_config(model.config)
     dense = tiny_model("llama")(torch.arange(9)[None], use_cache=True).past_key_values

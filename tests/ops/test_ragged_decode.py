@@ -240,9 +240,9 @@ def both_ways(monkeypatch, family, plan, pads, chunks, length):
         monkeypatch.setattr(fused_decode, "can_decode", lambda *_: True)
     try:
         for on in (False, True):
-            monkeypatch.setattr(fused_decode, "FUSED", on)
             with torch.inference_mode(), compressor.attached(model):
                 cache = compressor.new_cache(model.config, prefill="streaming")
+                cache.shared.fused.enabled = on
                 out = feed(model, cache, ids, chunks, mask)
             logits.append(out.flatten(0, 1) if mask is None else out[mask.bool()])
             assert bool(launches) == on

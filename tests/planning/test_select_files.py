@@ -121,9 +121,9 @@ def test_classification_files_may_ask_for_snapkv(tmp_path: Path) -> None:
     content = {"classifications": classes("snapkv", recommended_window=8, select_size=20)}
     path.write_text(json.dumps(content))
     compressor = HeadAwareCompressor.from_classifications(path)
-    assert compressor.wishes[0][:3] == (Retention(4, 8, 20, "snapkv"),) * 2 + (FULL,)
+    assert compressor.retention[0][:3] == (Retention(4, 8, 20, "snapkv"),) * 2 + (FULL,)
     save_classifications(path, load_classifications(path).ordered)
-    assert HeadAwareCompressor.from_classifications(path).wishes == compressor.wishes
+    assert HeadAwareCompressor.from_classifications(path).retention == compressor.retention
     model = model_of("llama")
     with compressor.attached(model):
         cache = compressor.new_cache(model.config)
@@ -132,7 +132,7 @@ def test_classification_files_may_ask_for_snapkv(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"classifications": classes("select", recommended_window=8, select_size=9, score="key_diff")})
     )
-    assert HeadAwareCompressor.from_classifications(path).wishes[0][0] == Retention(4, 8, 9, "key_diff")
+    assert HeadAwareCompressor.from_classifications(path).retention[0][0] == Retention(4, 8, 9, "key_diff")
     path.write_text(json.dumps({"classifications": classes("sink_window", recommended_window=8, select_size=9)}))
     with pytest.raises(InputError, match="belong to strategy 'select'"):
         HeadAwareCompressor.from_classifications(path)
@@ -146,7 +146,7 @@ def test_a_head_that_does_not_select_is_written_as_before(tmp_path: Path) -> Non
 
 def test_uniform_compressors_and_their_summary() -> None:
     model, ids = model_of("llama"), tokens(1, 60)
-    options = {"sink_size": 4, "window_size": 8, "select_size": 20, "choosing": SelectionRule(every=4)}
+    options = {"sink_size": 4, "window_size": 8, "select_size": 20, "selection_rule": SelectionRule(every=4)}
     compressor = HeadAwareCompressor.from_model_config(
         model.config, "select", score="key_diff", skip_layers=[1], **options
     )

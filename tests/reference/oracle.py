@@ -1,12 +1,13 @@
-"""The judge: attention with every head's mask written out, in one pass over the whole text.
+"""Mask oracle: attention with every head's mask written out, in one pass over the whole text.
 
-Nothing is cached, nothing is clever: for every query and key it is asked whether the head may see that key, positions
-counted in real tokens, and a masked softmax follows in float32 (float64 for a float64 model). What a compressed cache
-computes, in however many passes, has to agree with this to float rounding; a pruned head contributes exactly zero.
+Nothing is cached. The mask says for every query and key whether the head sees that key, with positions in real tokens;
+a masked softmax follows in float32 (float64 for a float64 model). A compressed cache must agree with this to float
+rounding, in however many passes it reads the text. A pruned head contributes exactly zero.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,27 +16,30 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.select.record import Choice, Choices, of_head
+from kvcompress.cache.select.types import SelectionRecord, SelectionRecords
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import Retention
 from kvcompress.models.attention_interface import replaced_attention
 from kvcompress.models.tensor_parallel import shard_of
+from tests.reference.recorded import of_head
 
 NAME = "kvcompress_oracle"
 
 
-class _Verdict:
-    """What the KV heads of one layer keep, up to which column the prompt attends in full, and what heads chose."""
+@dataclass(frozen=True)
+class _Rule:
+    """Retention of one layer's KV heads, columns of the prompt that attend in full, and recorded selections."""
 
-    def __init__(self, kept: Sequence[Retention], prompt_length: int, choices: list[Choice]) -> None:
-        self.kept, self.prompt_length, self.choices = kept, prompt_length, choices
+    retention: Sequence[Retention]
+    prompt_length: int
+    records: list[SelectionRecord]
 
 
-_VERDICTS: "WeakKeyDictionary[nn.Module, _Verdict]" = WeakKeyDictionary()
+_RULES: "WeakKeyDictionary[nn.Module, _Rule]" = WeakKeyDictionary()
 
 
 def head_mask(kept: Retention, positions: Tensor) -> Tensor:
-    """Which keys the queries of a head see, bool `[batch, query, key]`, by real positions `[batch, column]`."""
+    """Return the keys that the queries of a head see, bool `[batch, query, key]`, from positions `[batch, column]`."""
     query, key = positions[:, :, None], positions[:, None, :]
     if kept.pruned:
         return torch.zeros_like(query == key)
@@ -44,15 +48,16 @@ def head_mask(kept: Retention, positions: Tensor) -> Tensor:
     return (key <= query) & ((key < kept.sinks) | (key > query - kept.window))
 
 
-def choice_mask(choices: list[Choice], head: int, positions: Tensor) -> Tensor:
-    """Which keys a head that selects sees besides sinks and window, bool `[batch, query, key]`, later keys included.
+def selection_mask(records: list[SelectionRecord], head: int, positions: Tensor) -> Tensor:
+    """Return the keys a selecting head sees besides sinks and window, bool `[batch, query, key]`, later keys included.
 
-    Before the first choice these are all. After one they are what it chose, and what it let go until that is overwritten.
+    Before the first selection these are all keys. After it they are the selected keys, and rejected ones until they are
+    overwritten.
     """
     batch, length = positions.shape
     seen = torch.ones(batch, length, length, dtype=torch.bool, device=positions.device)
-    for column, chosen, leaving in of_head(choices, head):
-        for query in range(column, length):  # until the next choice, which writes its own over it
+    for column, chosen, leaving in of_head(records, head):
+        for query in range(column, length):  # the next selection overwrites the rest
             now = torch.cat((chosen, leaving[:, query - column + 1 :]), dim=1).to(positions.device)
             seen[:, query] = (positions[:, :, None] == now[:, None, :]).any(-1)
     return seen
@@ -72,31 +77,31 @@ def oracle_attention(
 
     `attention_mask` is the model's own, bool `[batch, 1, query, key]`: causal, padding, and its sliding window if any.
     """
-    verdict = _VERDICTS[module]
+    rule = _RULES[module]
     batch, query_heads, length, size = query.shape
     if key.shape[2] != length or attention_mask is None:
         raise CacheUseError("the oracle reads a whole text in one pass: call the model with use_cache=False")
-    if len(verdict.kept) != key.shape[1]:
-        raise InputError(f"the plan has {len(verdict.kept)} KV heads a layer, the model has {key.shape[1]}")
+    if len(rule.retention) != key.shape[1]:
+        raise InputError(f"the plan has {len(rule.retention)} KV heads a layer, the model has {key.shape[1]}")
     # The last query sees every real column of its row, unless a sliding window hides some; the diagonal never lies.
     real = attention_mask.expand(batch, 1, length, length)[:, 0].diagonal(dim1=1, dim2=2)  # [batch, column]
     positions = real.long().cumsum(-1) - 1
-    in_prompt = torch.arange(length, device=query.device) < verdict.prompt_length
+    in_prompt = torch.arange(length, device=query.device) < rule.prompt_length
     out = torch.zeros(batch, query_heads, length, value.shape[-1], dtype=value.dtype, device=value.device)
-    exact = torch.promote_types(query.dtype, torch.float32)
+    precise = torch.promote_types(query.dtype, torch.float32)
     for head in range(query_heads):
         kv_head = head // (query_heads // key.shape[1])
-        seen = head_mask(verdict.kept[kv_head], positions) | in_prompt[None, :, None]
-        if verdict.kept[kv_head].chosen:
-            seen = seen | choice_mask(verdict.choices, kv_head, positions) & (
+        seen = head_mask(rule.retention[kv_head], positions) | in_prompt[None, :, None]
+        if rule.retention[kv_head].chosen:
+            seen = seen | selection_mask(rule.records, kv_head, positions) & (
                 positions[:, :, None] >= positions[:, None, :]
             )
         seen = seen & attention_mask[:, 0] & real[:, None, :]
-        scores = query[:, head].to(exact) @ key[:, kv_head].to(exact).transpose(1, 2)
+        scores = query[:, head].to(precise) @ key[:, kv_head].to(precise).transpose(1, 2)
         scores = scores * (size**-0.5 if scaling is None else scaling)
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
         weights = torch.where(seen, weights, 0.0)  # a query that sees nothing gets NaN from softmax, and shall get zero
-        out[:, head] = (weights @ value[:, kv_head].to(exact)).to(value.dtype)
+        out[:, head] = (weights @ value[:, kv_head].to(precise)).to(value.dtype)
     return out.transpose(1, 2), None
 
 
@@ -116,16 +121,16 @@ def judged(
     layers: Sequence[Sequence[Retention]],
     prefill: str = "streaming",
     prompt_length: int | None = None,
-    choices: Choices | None = None,
+    records: SelectionRecords | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """Let `model`'s heads see, in one pass with `use_cache=False`, what `layers[layer][kv_head]` lets them see.
+    """Make `model`'s heads see, in one pass with `use_cache=False`, what `layers[layer][kv_head]` retains.
 
-    With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does. What heads that
-    select see is not in their retention: `choices` replays what a cache chose (`recorded_choices`). Of a model split among
-    processes `layers` has all KV heads, and `choices` are those of the process's own cache.
+    With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does. Retention alone
+    does not define what selecting heads see: `records` replays the selections of a cache (`recorded_choices`). For a model split
+    among processes `layers` has all KV heads, and `records` are those of the process's own cache.
     """
-    if choices is None and any(kept.chosen for layer in layers for kept in layer):
-        raise InputError("heads of this plan select keys: give judged the choices that a cache recorded")
+    if records is None and any(kept.chosen for layer in layers for kept in layer):
+        raise InputError("heads of this plan select keys: pass the selections that a cache recorded")
     if (prefill == "exact") != (prompt_length is not None) or prefill not in ("exact", "streaming"):
         raise InputError(f"prefill is {prefill!r} with prompt_length {prompt_length}: only 'exact' has, and needs, one")
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
@@ -135,10 +140,10 @@ def judged(
     for module in modules:
         index = int(module.layer_idx)
         own = layers[index][shard.own(len(layers[index]))]
-        _VERDICTS[module] = _Verdict(own, prompt_length or 0, choices[index] if choices else [])
+        _RULES[module] = _Rule(own, prompt_length or 0, records[index] if records else [])
     try:
         with replaced_attention(model, NAME):
             yield model
     finally:
         for module in modules:
-            del _VERDICTS[module]
+            del _RULES[module]

@@ -94,7 +94,7 @@ def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: flo
     option = SelectOption(score, 0.4, 160)
     compressor = HeadAwareCompressor.from_model_config(
         model.config, "select", sink_size=SINKS, window_size=option.window, select_size=option.selected, score=score,
-        choosing=SelectionRule(every=STEP),
+        selection_rule=SelectionRule(every=STEP),
     )  # fmt: skip
     with torch.no_grad(), attached(model):
         cache = compressor.new_cache(model.config, "exact")

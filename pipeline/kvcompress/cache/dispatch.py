@@ -1,8 +1,8 @@
-"""The attention that reads a compressed cache, and how a model comes to use it.
+"""Attention function that reads compressed caches, and the context in which a model uses it.
 
-Registered with transformers as "kvcompress", once as attention and once as mask function: without the second,
-transformers would build no mask and padding would go unseen. Given anything but a compressed cache (none, or a
-`DynamicCache`) both do exactly what transformers' SDPA attention does.
+Registered with transformers as "kvcompress", both as attention and as mask function: without the second, transformers
+would build no mask and padding would go unnoticed. Given no cache or a `DynamicCache`, both do exactly what
+transformers' SDPA attention does.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.deferred_kv import Pending
+from kvcompress.cache.layer import DeferredKV
 from kvcompress.cache.padding import MaskLength
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.models.attention_interface import CAPPED_OR_LEARNED, refuse_terms, use_attention
@@ -28,15 +28,15 @@ NAME = "kvcompress"
 def compressed_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | Pending,
-    value: Tensor | Pending,
+    key: Tensor | DeferredKV,
+    value: Tensor | DeferredKV,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention `[batch, query_head, query, head_dim]` -> `[batch, query, query_head, head_dim]`, and no weights."""
-    if not isinstance(key, Pending):
+    if not isinstance(key, DeferredKV):
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -47,9 +47,9 @@ def compressed_attention(
     if query.requires_grad and module.training and torch.is_grad_enabled():
         raise CacheUseError("a compressed cache is for inference: call model.eval(), gradients do not flow through it")
     layer = key.layer
-    if layer.limit is None and kwargs.get("sliding_window") is not None:
-        # A cache converted without the model's config learns of the model's sliding window here.
-        layer.learn_limit(kwargs["sliding_window"])
+    if layer.sliding_window is None and kwargs.get("sliding_window") is not None:
+        # A cache converted without the model's config learns the model's sliding window here.
+        layer.learn_sliding_window(kwargs["sliding_window"])
     return layer.attend(query, key.keys, key.values, scaling, dropout), None
 
 
@@ -62,7 +62,7 @@ def compressed_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Note the padding in the cache that asks; without a compressed cache, SDPA's own mask."""
+    """Record the padding in the compressed cache of this pass; without one, return SDPA's own mask."""
     if not isinstance(kv_length, MaskLength):
         mask: Tensor | None = sdpa_mask(
             q_length=q_length,
@@ -74,7 +74,7 @@ def compressed_mask(
         )
         return mask
     if not allow_is_causal_skip:
-        raise UnsupportedModelError("this model's attention is not plainly causal, a compressed cache cannot serve it")
+        raise UnsupportedModelError("a compressed cache cannot serve this model: its attention is not plainly causal")
     kv_length.padding.note(attention_mask, int(q_offset), q_length)
     return None
 
@@ -83,16 +83,16 @@ AttentionInterface.register(NAME, compressed_attention)
 AttentionMaskInterface.register(NAME, compressed_mask)
 
 
-# How many contexts a model is attached in, and the attention it had before the first of them.
+# Number of contexts a model is attached in, and its attention before the first of them.
 _ATTACHED: "WeakKeyDictionary[PreTrainedModel, tuple[int, str]]" = WeakKeyDictionary()
 _LOCK = Lock()
 
 
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Let `model` read compressed caches inside this context; its own attention comes back on exit and on exception.
+    """Make `model` read compressed caches in this context and restore its own attention on exit or exception.
 
-    Re-entrant, also across threads and in any order of exits; any number of models can be attached at once. Raises
+    Re-entrant, across threads and in any order of exits; several models can be attached at once. Raises
     `UnsupportedModelError` for a model whose attention cannot be replaced.
     """
     with _LOCK:

@@ -1,90 +1,78 @@
-"""A layer that keeps keys for what they are: after every forward pass a rule chooses, head by head, which stay.
+"""A layer that evicts by key content: after every forward pass a rule picks the keys that stay, head by head.
 
-All heads of a row keep equally many, so the layer is one dense block; kept keys stay in time order. The queries of a
-pass see everything held and, causally, each other; the rule acts after the pass.
+All heads of a row keep equally many keys, so the layer is one dense block; keys stay in time order. The queries of a
+pass see all held keys and, causally, each other. The rule acts after the pass.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from kvcompress.cache.attend import Reading, attend_all, read
-from kvcompress.cache.head_group import Group
-from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.storage import LARGEST_STEP
+from kvcompress.cache.attend import AttendOptions, attend_full, attend_group
+from kvcompress.cache.head_group import HeadGroup
+from kvcompress.cache.layer import CacheState, CompressedLayer
+from kvcompress.cache.storage import LARGEST_STEP, gather_slots
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.core.retention import FULL
 
-# Keys held `[batch, kv_head, slot, head_dim]` -> the slots that stay, ascending `[batch, kv_head, kept]`; None for all.
-Chooser = Callable[[Tensor], Tensor | None]
+# Held keys [batch, kv_head, slot, head_dim] -> slots that stay, ascending [batch, kv_head, kept], or None for all.
+KeepRule = Callable[[Tensor], Tensor | None]
 
 
-class SelectingLayer(CompressedLayer):
-    """`heads` KV heads whose keys are chosen by `choose`; no left padding and no sliding window of the model's own."""
+class EvictingLayer(CompressedLayer):
+    """Layer of `heads` KV heads whose keys are kept by `rule`. Serves neither left padding nor a sliding window."""
 
-    def __init__(self, heads: int, shared: Shared, choose: Chooser, limit: int | None = None) -> None:
+    def __init__(self, heads: int, shared: CacheState, rule: KeepRule, sliding_window: int | None = None) -> None:
         super().__init__(heads, shared)
-        if limit is not None:
-            self.learn_limit(limit)
-        self.choose = choose
-        self._block = Group(FULL, range(heads), shared.meter)
+        if sliding_window is not None:
+            self.learn_sliding_window(sliding_window)
+        self.rule = rule
+        self._group = HeadGroup(FULL, range(heads), shared.meter)
 
-    def learn_limit(self, limit: int) -> None:
+    def learn_sliding_window(self, sliding_window: int) -> None:
         raise UnsupportedModelError(
-            f"keys chosen by content have no order to which this model's sliding window of {limit} could apply"
+            f"evicting by key content is not supported with this model's sliding window of {sliding_window}: kept keys"
+            " would leave it"
         )
 
     @property
-    def groups(self) -> list[Group]:
-        return [self._block]
+    def groups(self) -> list[HeadGroup]:
+        return [self._group]
 
     def keeps_like(self, other: CompressedLayer) -> bool:
-        return isinstance(other, SelectingLayer) and self.choose == other.choose
+        return isinstance(other, EvictingLayer) and self.rule == other.rule
 
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
         self._require_unpadded()
-        self.like = (keys.shape[0], keys.dtype, keys.device)
-        self.is_initialized = True
+        self._begin(keys)
         self.seen = keys.shape[2]
-        self._block.append(*self._chosen(keys, values), self.shared.padding)
+        self._group.append(*self._kept(keys, values), self.shared.padding)
 
-    def select(self) -> None:
-        """Let the rule act on what is held."""
-        held = self._block.read()
-        chosen = self._chosen(*held)
-        if chosen[0] is not held[0]:
-            self._block.replace(*chosen, spare=LARGEST_STEP)
-
-    def _chosen(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rule keeps of these, the same tensors where that is all of them."""
-        slots = self.choose(keys)
-        if slots is None:
-            return keys, values
-        at = slots[..., None]
-        return (
-            keys.gather(2, at.expand(-1, -1, -1, keys.shape[-1])),
-            values.gather(2, at.expand(-1, -1, -1, values.shape[-1])),
-        )
+    def _kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that stay; the same tensors if all do."""
+        slots = self.rule(keys)
+        return (keys, values) if slots is None else (gather_slots(keys, slots), gather_slots(values, slots))
 
     def reserve(self, tokens: int) -> None:
-        raise CacheUseError(
-            "reserve: what is chosen by content is stored anew with every pass, no room can be kept for it"
-        )
+        raise CacheUseError("reserve: a layer that evicts by key content rewrites its storage after every pass")
 
     def can_crop(self, tokens: int) -> bool:
-        return tokens == 0 or self.seen == self._block.seen  # once a key has been chosen away it cannot come back
+        return tokens == 0 or self.seen == self._group.seen  # evicted keys cannot come back
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttendOptions) -> Tensor:
         self._require_unpadded()
-        if not self.seen:  # of the first pass only what stays is ever stored
-            out = attend_all(query, keys, values, 0, reading)
+        if not self.seen:  # of the first pass only the kept keys are ever stored
+            out = attend_full(query, keys, values, 0, options)
             self.fill(keys, values)
             return out
-        out = read(self._block, query, keys, values, reading)
+        out = attend_group(self._group, query, keys, values, options)
         self.seen += keys.shape[2]
-        self.select()
+        held = self._group.read()
+        kept = self._kept(*held)
+        if kept[0] is not held[0]:
+            self._group.replace(*kept, spare=LARGEST_STEP)
         return out
 
     def _require_unpadded(self) -> None:
         if self.shared.padding.longest:
-            raise CacheUseError("keys chosen by content need rows of equal length, this batch is padded")
+            raise CacheUseError("evicting by key content needs rows of equal length; this batch is padded")

@@ -1,27 +1,22 @@
-"""One layer of a compressed cache, as transformers sees it.
+"""One layer of a compressed cache, with the interface that transformers expects.
 
-What transformers calls `update` only wraps the new keys up (`Pending`); the attention function calls `attend`, which
-reads and stores. Sequence length is always tokens *seen*: transformers derives positions from it, and tokens *held*
-there would give every later token one and the same rotation.
+`update` only wraps the new keys in a placeholder (`DeferredKV`); the attention function calls `attend`, which reads and
+stores. The sequence length is always the number of tokens *seen*: transformers derives positions from it, and the number
+of tokens *held* would give all later tokens the same position.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcompress.cache.attend import Reading
-from kvcompress.cache.deferred_kv import Pending
-from kvcompress.cache.fused_decode import Fused
-from kvcompress.cache.head_group import Group
+from kvcompress.cache.attend import AttendOptions
+from kvcompress.cache.fused_decode import FusedDecode
+from kvcompress.cache.head_group import HeadGroup
 from kvcompress.cache.padding import MaskLength, Padding
-from kvcompress.cache.select.head_group import ChoosingGroup
-from kvcompress.cache.select.side_stream import Beside
-from kvcompress.cache.select.types import Evidence
 from kvcompress.cache.storage import Meter
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.models.rotary import Rotation
@@ -32,65 +27,95 @@ Prefill = Literal["exact", "streaming"]
 
 
 @dataclass
-class Shared:
-    """What the layers of one cache have in common.
+class CacheState:
+    """Options and state that the layers of one cache share.
 
-    `prefill`: with "exact" the prompt attends in full and every head forgets after it; with "streaming" every query
-    sees its head's keys alone. The prompt is the first forward pass, or the first `prompt_length` tokens where that is
-    given (a prompt fed in chunks). `part`: which of the model's heads the layers hold, where it is split among processes.
+    Parameters
+    ----------
+    prefill : "exact": the prompt attends in full and every head evicts after it; "streaming": every query sees only the
+        keys its head still holds [default: "exact"]
+    prompt_length : tokens (padded columns) of a prompt that is fed in chunks; None for a prompt that is the first
+        forward pass [default: None]
+    rotation : renumbers positions inside the cache; None keeps the positions of the text [default: None]
+    selection_rule : options of strategy `select`
+    shard : shard of the model's heads that the layers hold, if the model is split among processes
+
+    Raises `InputError` for an unknown prefill, or a prompt length below 1 or with a streaming prefill.
     """
 
     prefill: Prefill = "exact"
     prompt_length: int | None = None
     rotation: Rotation | None = None
+    selection_rule: SelectionRule = field(default_factory=SelectionRule)
+    shard: HeadShard = WHOLE
     padding: Padding = field(default_factory=Padding)
     meter: Meter = field(default_factory=Meter)
-    fused: Fused = field(default_factory=Fused)
-    choosing: SelectionRule = field(default_factory=SelectionRule)
-    shard: HeadShard = WHOLE
-    beside: Beside = field(default_factory=Beside)
+    fused: FusedDecode = field(default_factory=FusedDecode)
 
     def __post_init__(self) -> None:
         if self.prefill not in ("exact", "streaming"):
-            raise InputError(f"prefill is {self.prefill!r}, expected 'exact' or 'streaming'")
+            raise InputError(f"prefill is {self.prefill!r}; expected 'exact' or 'streaming'")
         if self.prompt_length is not None and (self.prefill != "exact" or self.prompt_length < 1):
-            raise InputError(f"prompt_length is {self.prompt_length}, expected at least 1, and only with exact prefill")
+            raise InputError(f"prompt_length is {self.prompt_length}; expected at least 1, and only with exact prefill")
+
+
+def _refuse() -> NoReturn:
+    raise CacheUseError(
+        "a compressed cache was given to a model whose attention cannot read it: run the model inside"
+        " `with compressor.attached(model):` and leave its attn_implementation alone there"
+    )
+
+
+class DeferredKV:
+    """Placeholder for the new keys and values of one layer, `[batch, kv_head, query, head_dim]` each.
+
+    A compressed layer has no single tensor of keys that a dense attention could read. The attention of this package
+    unwraps the placeholder. Any other attention (`sdpa`, `eager`, flash) raises a `CacheUseError` at its first access.
+    Nothing has been stored by then, so the cache is unchanged.
+    """
+
+    __slots__ = ("keys", "layer", "values")
+
+    def __init__(self, layer: "CompressedLayer", keys: Tensor, values: Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _refuse()
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse()
 
 
 class CompressedLayer(CacheLayerMixin):
-    """A layer that reads and stores its KV heads itself; `limit` is the model's own sliding window, if any.
+    """Layer that attends to and stores its KV heads itself; `sliding_window` is the model's own, None without one.
 
-    `groups` are the dense blocks it holds now. A subclass says how new keys are seen and which stay.
+    `groups` are the dense blocks it holds now. A subclass defines what new queries see and which keys stay.
     """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
-    last = False  # of its cache
 
-    def __init__(self, heads: int, shared: Shared, limit: int | None = None) -> None:
+    def __init__(self, heads: int, shared: CacheState, sliding_window: int | None = None) -> None:
         super().__init__()
-        self.heads, self.shared, self.limit = heads, shared, limit
+        self.heads, self.shared, self.sliding_window = heads, shared, sliding_window
         self.seen = 0
         self._record_past = False
         self.like: tuple[int, torch.dtype, torch.device] | None = None
 
     @property
     @abstractmethod
-    def groups(self) -> list[Group]: ...
-
-    def _all_groups(self) -> list[Group]:
-        """Also those that hold nothing now."""
-        return self.groups
+    def groups(self) -> list[HeadGroup]: ...
 
     @abstractmethod
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, reading: Reading) -> Tensor:
-        """Shapes as in `reading`; counts `seen` up."""
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttendOptions) -> Tensor:
+        """Attend and store; shapes as in `attend`. Adds the new columns to `seen`."""
 
     @abstractmethod
     def fill(self, keys: Tensor, values: Tensor, first: int = 0) -> None:
-        """Take over the columns `first...` of another cache, `[batch, kv_head, column, head_dim]`, and forget."""
+        """Store the columns `first...` of another cache, `[batch, kv_head, column, head_dim]`, and evict."""
 
     def fill_from_prompt(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> None:
         """Fill an empty layer as an exact prefill would, without computing the prompt's attention.
@@ -102,50 +127,46 @@ class CompressedLayer(CacheLayerMixin):
 
     @abstractmethod
     def keeps_like(self, other: "CompressedLayer") -> bool:
-        """Whether another layer keeps by the same rule."""
+        """Return whether another layer keeps keys by the same rule."""
 
-    def learn_limit(self, limit: int) -> None:
-        """Hear of the model's own sliding window only with the first pass."""
-        self.limit = limit
+    def learn_sliding_window(self, sliding_window: int) -> None:
+        """Set the model's own sliding window, for a cache made without the model's config."""
+        self.sliding_window = sliding_window
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V that this layer holds now: the size of the real storage."""
+        """Bytes of K and V held now: the size of the real storage."""
         return sum(group.nbytes for group in self.groups)
 
     @property
     def evidence_nbytes(self) -> int:
-        """Bytes of what is kept besides K and V to choose keys by."""
+        """Bytes kept besides K and V."""
         return 0
 
     @property
-    def standing_tensors(self) -> tuple[Tensor, ...]:
-        """Tensors besides the groups' that a decode step writes."""
-        return ()
-
-    def due(self) -> Iterable[tuple[ChoosingGroup, Evidence]]:
-        """Groups that have to choose keys before the next pass, and what by."""
-        return ()
+    def tensors(self) -> list[Tensor]:
+        """Tensors that a decode step reads or writes."""
+        return [tensor for group in self.groups for tensor in group.block.tensors]
 
     def require_whole(self) -> None:
-        """Raise `CacheUseError` where an earlier pass ended in an error between two of the layer's groups."""
+        """Raise `CacheUseError` if an earlier pass broke off between two of the layer's groups."""
 
     def require_recordable(self) -> None:
-        """Raise `CacheUseError` where what the rings overwrite cannot be kept."""
+        """Raise `CacheUseError` if the layer cannot record what its rings overwrite."""
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in all (columns, where the batch is padded)."""
+        """Allocate room for `tokens` tokens in all (columns of a padded batch)."""
         for group in self.groups:
             group.reserve(tokens)
 
     def count(self, columns: int = 1) -> None:
-        """Count columns that someone else stores, or has stored, in every group."""
+        """Count columns that the caller stores, or has stored, in every group."""
         for group in self.groups:
             group.count(columns)
         self.seen += columns
 
     def held(self) -> list[int]:
-        """Tokens held by every KV head (columns, where the batch is padded)."""
+        """Return the tokens held by every KV head (columns of a padded batch)."""
         held = [0] * self.heads
         for group in self.groups:
             for head in group.heads:
@@ -153,15 +174,13 @@ class CompressedLayer(CacheLayerMixin):
         return held
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, dropout: float) -> Tensor:
-        """Attention of new queries `[batch, query_head, query, head_dim]` -> `[batch, query, query_head, ...]`."""
+        """Attend from new queries `[batch, query_head, query, head_dim]` -> `[batch, query, query_head, head_dim]`."""
         keys, values = keys.detach(), values.detach()
         batch, heads, new, _ = keys.shape
         self._check(query, keys)
-        reading = Reading(self.shared.padding, scale, dropout, self.limit, self.shared.rotation)
+        options = AttendOptions(self.shared.padding, scale, dropout, self.sliding_window, self.shared.rotation)
         grouped = query.view(batch, heads, query.shape[1] // heads, new, -1)
-        out = self._attend(grouped, keys, values, reading)
-        if self.last:
-            self.shared.beside.join()
+        out = self._attend(grouped, keys, values, options)
         if new == 1:
             return out.reshape(batch, 1, query.shape[1], -1)
         return out.reshape(batch, query.shape[1], new, -1).transpose(1, 2)
@@ -169,7 +188,7 @@ class CompressedLayer(CacheLayerMixin):
     def _check(self, query: Tensor, keys: Tensor) -> None:
         batch, heads = keys.shape[:2]
         if heads != self.heads or query.shape[1] % heads:
-            raise CacheUseError(f"this cache was made for {self.heads} KV heads a layer, the model has {heads}")
+            raise CacheUseError(f"this cache was made for {self.heads} KV heads a layer; the model has {heads}")
         like = (batch, keys.dtype, keys.device)
         if self.seen and self.like not in (None, like):
             assert self.like is not None
@@ -178,18 +197,25 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.like = like
 
-    # What transformers asks of a layer.
+    def _begin(self, keys: Tensor) -> None:
+        """Prepare an empty layer to hold tensors like `keys`."""
+        self.like = (keys.shape[0], keys.dtype, keys.device)
+        self.is_initialized = True
+
+    # Interface of transformers.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Pending, Pending]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[DeferredKV, DeferredKV]:
         self.is_initialized = True
-        pending = Pending(self, key_states, value_states)
-        return pending, pending
+        deferred = DeferredKV(self, key_states, value_states)
+        return deferred, deferred
 
     def get_seq_length(self) -> int:
-        """Tokens seen (columns, where the batch is padded)."""
+        """Return the tokens seen (columns of a padded batch)."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -202,14 +228,20 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether what the rings overwrite is kept until the next `crop`, so that decoding can roll back exactly."""
+        """Whether overwritten ring slots are kept until the next `crop`, for an exact rollback."""
         return self._record_past
 
     @record_past.setter
     def record_past(self, record: bool) -> None:
+        if record:
+            self.require_recordable()
         self._record_past = record
         for group in self._all_groups():
             group.recording = record
+
+    def _all_groups(self) -> list[HeadGroup]:
+        """Return the groups of the layer, those that hold nothing now among them."""
+        return self.groups
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -226,7 +258,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.record_past = False
-        for group in self.groups:
+        for group in self._all_groups():
             group.reset()
         self.seen, self.like, self.is_initialized = 0, None, False
 

@@ -1,4 +1,4 @@
-"""The compressed cache: what a model takes as `past_key_values`."""
+"""The compressed cache: a transformers `Cache` to pass as `past_key_values`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,26 +7,40 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvcompress.cache.layer import CompressedLayer, Shared
-from kvcompress.cache.select.batched import choose_due
+from kvcompress.cache.layer import CacheState, CompressedLayer
+from kvcompress.cache.select.exchange import select_due
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.core.errors import CacheUseError
 
 
 class RaggedCache(Cache):
-    """A transformers `Cache` whose layers keep, head by head, only what they were told to keep.
+    """Cache whose layers keep, head by head, what their method tells them to.
 
-    Reports tokens *seen* as its sequence length. Readable only by a model inside `attached`; any other model gets a
-    `CacheUseError`. For inference: gradients do not flow through what is held.
+    It reports tokens *seen* as its sequence length. Only a model inside `attached` can read it; any other model gets a
+    `CacheUseError`. For inference: gradients do not flow through held keys and values.
 
-    Of a model split among processes (`kvcompress.models.tensor_parallel`) each one's cache has that process's heads alone: bytes, `held`
-    and `positions` are theirs, and KV head 0 is the first of them.
+    If a model is split among processes (`kvcompress.models.tensor_parallel`), each process has a cache of its own heads:
+    bytes, `held` and `positions` are theirs, and KV head 0 is the first of them.
     """
 
-    def __init__(self, layers: Sequence[CompressedLayer], shared: Shared, maker: object = None) -> None:
+    def __init__(self, layers: Sequence[CompressedLayer], shared: CacheState, maker: object = None) -> None:
         super().__init__(layers=list(layers))
-        self.compressed_layers[-1].last = True
         self.shared = shared
-        self.maker = maker  # the compressor that made it, which need not ask again whether it did
+        self.maker = maker  # the compressor that made this cache
+
+    @classmethod
+    def from_dynamic(cls, source: Cache, empty: "RaggedCache", mask: Tensor | None = None) -> "RaggedCache":
+        """Fill the cache `empty` from a plain `DynamicCache` and return it; the source keeps its contents.
+
+        `mask` is the 2-D attention mask over the tokens seen, needed for a left-padded batch.
+        """
+        seen = source.get_seq_length()
+        if mask is not None:
+            empty.shared.padding.note(mask, 0, seen)
+        for full, layer in zip(source.layers, empty.compressed_layers, strict=True):
+            # A sliding layer holds only the last columns; the earlier ones are out of the model's sight.
+            layer.fill(full.keys, full.values, first=seen - full.keys.shape[2])
+        return empty
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -35,67 +49,65 @@ class RaggedCache(Cache):
 
     @property
     def seen(self) -> int:
-        """Tokens seen (columns, where the batch is padded)."""
+        """Tokens seen (columns of a padded batch)."""
         return self.compressed_layers[0].seen
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V held now: the size of the real storage, slack included."""
+        """Bytes of K and V held now: the size of the real storage, spare slots included."""
         return sum(layer.nbytes for layer in self.compressed_layers)
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes of K and V ever held since the last `reset`, copies during growth included.
+        """Most bytes of K and V held since the last `reset`, copies during growth included.
 
-        What a pass computes for the one layer at work is the model's and not counted: that layer's new keys and values,
-        and the copy of those held beside them while a chunk is read. On a GPU that also goes for the keys, values and
-        queries of a prompt in the layer before, where heads still choose among them.
+        Temporary tensors of the layer at work are not counted: its new keys and values, and the copy of held keys that
+        attention over a chunk makes.
         """
         return self.shared.meter.peak
 
     @property
     def evidence_nbytes(self) -> int:
-        """Bytes kept besides K and V by heads that choose keys: the last queries, positions, sums of attention."""
+        """Bytes kept besides K and V by heads that select keys: last queries, positions, attention totals."""
         return sum(layer.evidence_nbytes for layer in self.compressed_layers)
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all that is kept from pass to pass: K, V and evidence."""
+        """Bytes of everything kept from pass to pass: K, V and evidence."""
         return self.nbytes + self.evidence_nbytes
 
     def held(self) -> list[list[int]]:
-        """Tokens held, `[layer][kv_head]` (columns, where the batch is padded)."""
+        """Return the tokens held, `[layer][kv_head]` (columns of a padded batch)."""
         return [layer.held() for layer in self.compressed_layers]
 
     def __repr__(self) -> str:
         held, heads = self.held(), self.compressed_layers[0].heads
         share = f"{sum(map(sum, held)) / (len(held) * heads * self.seen):.1%}" if self.seen else "nothing"
         low, high = min(map(min, held)), max(map(max, held))
-        spread = f"{low}" if low == high else f"{low} to {high}"
-        shard = self.shared.shard
-        beside = f" {self.evidence_nbytes / 1e6:,.1f} MB to choose by," if self.evidence_nbytes else ""
-        which = f" of part {shard.index + 1} of {shard.count}" if shard.count > 1 else ""
+        of_head = f"{low}" if low == high else f"{low} to {high}"
+        part = self.shared.shard
+        evidence = f" {self.evidence_nbytes / 1e6:,.1f} MB to select by," if self.evidence_nbytes else ""
+        shard = f" of part {part.index + 1} of {part.count}" if part.count > 1 else ""
         return (
-            f"RaggedCache({len(held)} layers × {heads} KV heads{which}, {self.shared.prefill} prefill:"
-            f" {self.seen} tokens seen, {spread} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"
-            f"{beside} peak {self.peak_nbytes / 1e6:,.1f} MB)"
+            f"RaggedCache({len(held)} layers × {heads} KV heads{shard}, {self.shared.prefill} prefill:"
+            f" {self.seen} tokens seen, {of_head} held a head, {share} of a full cache, {self.nbytes / 1e6:,.1f} MB,"
+            f"{evidence} peak {self.peak_nbytes / 1e6:,.1f} MB)"
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx >= len(self.layers):
-            raise CacheUseError(f"this cache was made for {len(self.layers)} layers, the model has a layer {layer_idx}")
+            raise CacheUseError(f"this cache was made for {len(self.layers)} layers; the model has a layer {layer_idx}")
         if layer_idx == 0:
             self._require_whole()
-            self.choose_due()
+            self.select_due()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def choose_due(self) -> None:
-        """Before a pass, let all heads choose keys that have to do it now; a captured step leaves it out."""
-        self.shared.beside.join()
-        choose_due(self.compressed_layers)
+    def select_due(self) -> None:
+        """Run the selections that are due before the next pass. A captured step leaves them out."""
+        select_due([layer for layer in self.layers if isinstance(layer, SelectLayer)])
 
     def _require_whole(self) -> None:
-        """Raise `CacheUseError` where an earlier pass ended in an error between two layers, or within the first."""
+        """Raise `CacheUseError` if an earlier pass broke off between two layers, or within the first."""
         for index, layer in enumerate(self.compressed_layers):
             if layer.seen != self.seen:
                 raise CacheUseError(
@@ -111,13 +123,13 @@ class RaggedCache(Cache):
         return -1 if like is None else like[0]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in all: until as many are seen no storage grows or moves.
+        """Allocate room for `tokens` tokens in all: until then no storage grows or moves.
 
-        Heads without a bound take that many slots, bounded heads no more than their capacity; `nbytes` counts them at
-        once. Raises `CacheUseError` before the prompt is complete, because only then what will be held has a shape.
+        Unbounded heads take that many slots, bounded heads at most their capacity; `nbytes` counts them at once. Raises
+        `CacheUseError` before the prompt is complete, because only then the shape of the storage is known.
         """
         if not self.seen:
-            raise CacheUseError("reserve: no token was seen yet, room can be made once the prompt is in the cache")
+            raise CacheUseError("reserve: no token was seen yet; run the prompt first")
         for layer in self.compressed_layers:
             layer.reserve(tokens)
 
@@ -125,34 +137,33 @@ class RaggedCache(Cache):
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to crop to.
 
         Exact or refused: a bounded head can take back only what it has not overwritten, or what was overwritten since
-        `activate_past_recording` (assisted decoding calls it) and the last crop. Raises `CacheUseError` otherwise, and
-        leaves the cache as it was.
+        `activate_past_recording` (called by assisted decoding) and the last crop. Raises `CacheUseError` otherwise, and
+        leaves the cache unchanged.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if tokens > self.seen:
             raise CacheUseError(f"cannot take back {tokens} tokens, only {self.seen} were seen")
         if tokens == self.seen:
-            self.reset()  # nothing is left, and the next prompt may have another batch
+            self.reset()  # the next prompt may have another batch size
             return
         for index, layer in enumerate(self.compressed_layers):
             if not layer.can_crop(tokens):
                 raise CacheUseError(
-                    f"crop: layer {index} has forgotten keys that it would need {tokens} tokens ago; call"
-                    " activate_past_recording before the forward pass that may be taken back"
+                    f"crop: layer {index} has evicted keys that it held {tokens} tokens ago; call"
+                    " activate_past_recording before a forward pass that may be taken back"
                 )
         for layer in self.compressed_layers:
             layer.crop(-tokens)
 
     def activate_past_recording(self) -> None:
-        """Keep what is overwritten until the next `crop`. Raises `CacheUseError` where heads choose keys by content."""
+        """Keep overwritten keys until the next `crop`. Raises `CacheUseError` if heads select keys by content."""
         for layer in self.compressed_layers:
             layer.require_recordable()
         super().activate_past_recording()
 
     def reset(self) -> None:
-        """Forget everything, free the storage, and start as new."""
-        self.shared.beside.join()
+        """Drop the contents, free the storage, and start anew."""
         super().reset()
         self.shared.padding.set(None)
         self.shared.meter.peak = self.shared.meter.held
@@ -162,13 +173,12 @@ class RaggedCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch `repeats` times, copies side by side."""
+        """Repeat every row of the batch `repeats` times, copies next to each other."""
         if self.batch_size > 0:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of the batch at `indices`, `[new batch]`, in that order (or bool `[batch]`)."""
-        self.shared.beside.join()
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         for layer in self.compressed_layers:
             layer.select_rows(rows)

@@ -1,9 +1,8 @@
-"""Memory for K and V of some KV heads: two dense tensors that grow in steps, and an exact account of their bytes.
+"""Memory for the keys and values of some KV heads: two dense tensors that grow in steps, with an exact byte count.
 
-Blocks are allocated in steps and never above what the heads may keep, so what is held is a formula of the plan and the
-tokens seen (`allocated_slots`): above the plan's own count by at most 1/16, or 15 slots, and never by more than 255. A
-step copies the block; from 4,096 slots on that happens once every 256 tokens and costs a decode step 1/256 of what its
-attention reads, where `torch.cat` per token copies all of it every time.
+Allocation follows a formula of the retention and the tokens seen (`allocated_slots`). The surplus over the slots in use
+is at most 1/16, or 15 slots, and never more than 255. Growing copies the block. From 4,096 slots on this happens once
+every 256 tokens and costs a decode step 1/256 of what its attention reads; `torch.cat` would copy the block every token.
 """
 
 from collections.abc import Iterable
@@ -16,23 +15,43 @@ from kvcompress.core.retention import Retention
 SMALLEST_STEP, LARGEST_STEP = 16, 256
 
 
-def allocated_slots(kept: Retention, seen: int) -> int:
-    """Slots that a head's storage has once `seen` tokens (columns, where padded) have been in it at most.
+def allocated_slots(retention: Retention, seen: int) -> int:
+    """Return the slots allocated for a head once it has stored `seen` tokens (columns of a padded batch).
 
-    Up to the capacity, `seen` is rounded up to a multiple of a sixteenth of the power of two below it.
+    Below the capacity, `seen` is rounded up to a multiple of a sixteenth of the power of two below it.
     """
     step = min(max(SMALLEST_STEP, 2 ** max(seen.bit_length() - 1, 0) // 16), LARGEST_STEP)
     whole = -(-seen // step) * step
-    return whole if kept.capacity is None else min(kept.capacity, whole)
+    return whole if retention.capacity is None else min(retention.capacity, whole)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors: a view counts with all of what it keeps alive."""
+    """Return the bytes of the memory behind tensors; a view counts with all the memory it keeps alive."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+def writable_zeros(*shape: int, like: Tensor) -> Tensor:
+    """Return zeros with the dtype and device of `like`, created outside inference mode.
+
+    A tensor created in inference mode can be written only in inference mode.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows of the batch at indices `rows`, `[new batch]`, as a tensor that stays writable."""
+    with torch.inference_mode(False):
+        return tensor.index_select(0, rows.to(tensor.device).clone())
+
+
+def gather_slots(tensor: Tensor, slots: Tensor) -> Tensor:
+    """Return slots `[batch, head, n]` of a tensor `[batch, head, slot, head_dim]`."""
+    return tensor.gather(2, slots[..., None].expand(-1, -1, -1, tensor.shape[3]))
+
+
 class Meter:
-    """Bytes of K and V that one cache holds, and the most it ever held, growth's second copy included."""
+    """Bytes of K and V that one cache holds now (`held`) and the maximum so far (`peak`), copies of growth included."""
 
     def __init__(self) -> None:
         self.held = self.peak = 0
@@ -43,7 +62,7 @@ class Meter:
 
 
 class Block:
-    """K and V, `[batch, head, slot, head_dim]` each (their head sizes may differ); no slots before the first write."""
+    """Keys and values, `[batch, head, slot, head_dim]` each; their head sizes may differ. Empty before the first write."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -58,13 +77,11 @@ class Block:
         return self._pair or ()
 
     def reserve(self, slots: int, keys: Tensor, values: Tensor) -> None:
-        """Make room for `slots` slots in all, alike in everything else to `keys` and `values`; contents stay."""
+        """Grow to `slots` slots and keep the contents; batch, heads, head sizes and dtype follow `keys` and `values`."""
         grown = []
         for i, like in enumerate((keys, values)):
-            batch, heads, _, size = like.shape
-            # Zeros: a slot that a mask hides still enters the sum with weight 0, and 0 times garbage may be NaN.
-            with torch.inference_mode(False):  # made in inference mode, it could be written nowhere else
-                room = torch.zeros(batch, heads, slots, size, dtype=like.dtype, device=like.device)
+            # Zeros: a masked slot enters the sum with weight 0, and 0 times uninitialised memory may be NaN.
+            room = writable_zeros(like.shape[0], like.shape[1], slots, like.shape[3], like=like)
             self.meter.change(storage_bytes([room]))
             if self._pair:
                 room.narrow(2, 0, self.slots).copy_(self._pair[i])
@@ -73,47 +90,44 @@ class Block:
         self._pair = (grown[0], grown[1])
 
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
-        """K and V of the first `slots` slots: the tensors themselves where that is all of them, else views."""
+        """Return K and V of the first `slots` slots: views, or the tensors themselves for all slots."""
         assert self._pair is not None
         keys, values = self._pair
         if slots == keys.shape[2]:
             return keys, values
         return keys.narrow(2, 0, slots), values.narrow(2, 0, slots)
 
-    def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Overwrite the slots from `slot` on."""
+    def write(self, slot: int, keys: Tensor, values: Tensor, row: int | None = None) -> None:
+        """Overwrite the slots from `slot` on, in all rows of the batch or in one."""
         assert self._pair is not None
-        self._pair[0].narrow(2, slot, keys.shape[2]).copy_(keys)
-        self._pair[1].narrow(2, slot, values.shape[2]).copy_(values)
+        for tensor, new in zip(self._pair, (keys, values), strict=True):
+            target = tensor if row is None else tensor[row : row + 1]
+            target.narrow(2, slot, new.shape[2]).copy_(new)
 
     def move(self, source: Tensor, into: Tensor) -> None:
-        """Let the slots `into` hold what the slots `source` hold now, `[batch, head, slot]` each, all of `into` different."""
+        """Copy slots `source` into slots `into`, `[batch, head, n]` each; no slot may occur twice in a head's `into`."""
         assert self._pair is not None
         for tensor in self._pair:
-            rows = tensor.gather(2, source[..., None].expand(-1, -1, -1, tensor.shape[3]))
+            rows = gather_slots(tensor, source)
             tensor.scatter_(2, into[..., None].expand(-1, -1, -1, tensor.shape[3]), rows)
 
     def take(self, slots: list[int]) -> "Block":
-        """A copy of some slots as a block of its own."""
+        """Return a copy of some slots as a block of its own."""
         assert self._pair is not None
         index = torch.tensor(slots, device=self._pair[0].device)
         copy = Block(self.meter)
-        copy._hold(*(tensor.index_select(2, index) for tensor in self._pair))
+        copy._pair = (self._pair[0].index_select(2, index), self._pair[1].index_select(2, index))
+        self.meter.change(storage_bytes(copy._pair))
         return copy
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by the rows at these indices, `[new batch]`."""
+        """Replace the batch by the rows at indices `rows`, `[new batch]`."""
         if self._pair:
-            with torch.inference_mode(False):
-                selected = [tensor.index_select(0, rows.to(tensor.device).clone()) for tensor in self._pair]
+            selected = take_rows(self._pair[0], rows), take_rows(self._pair[1], rows)
             self.meter.change(storage_bytes(selected))
             self.free()
-            self._pair = (selected[0], selected[1])
+            self._pair = selected
 
     def free(self) -> None:
         self.meter.change(-storage_bytes(self.tensors))
         self._pair = None
-
-    def _hold(self, keys: Tensor, values: Tensor) -> None:
-        self._pair = (keys, values)
-        self.meter.change(storage_bytes(self._pair))

@@ -85,7 +85,7 @@ def of_plan(
     choosing: SelectionRule | None = None,
 ) -> Contender:
     capacities = [kept.capacity for layer in plan.layers for kept in layer if kept.capacity is not None]
-    compressor = HeadAwareCompressor.from_plan(plan, choosing=choosing)
+    compressor = HeadAwareCompressor.from_plan(plan, selection_rule=choosing)
     return Contender(name, family, compressor, plan, rival, ablation, first_eviction=min(capacities, default=0))
 
 
@@ -203,7 +203,7 @@ def even_budget(
     label = score_name(name, share)
     family = label.rpartition(" ")[0]
     if name.startswith(ADAPTIVE):
-        adaptive = AdaptiveCompressor(SINKS + room, score, SINKS, window, choosing=choosing)
+        adaptive = AdaptiveCompressor(SINKS + room, score, SINKS, window, selection_rule=choosing)
         return Contender(label, family, adaptive, None, rival, "plans", first_eviction=SINKS + room)
     plan = uniform(config, Retention(SINKS, window, room - window, score), policy=family)
     return of_plan(label, family, plan, rival, "plans", choosing)

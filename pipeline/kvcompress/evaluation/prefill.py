@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.layer import CacheState, CompressedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.ragged_layer import RaggedLayer
 from kvcompress.core.retention import FULL
@@ -39,11 +39,9 @@ class SharingCompressor(UniformCompressor):
         super().__init__(FULL)
         self.caches = caches
 
-    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
-        found = [
-            SharingLayer([FULL] * (shape.num_key_value_heads // shared.shard.count), shared, limit)
-            for limit in shape.sliding_windows
-        ]
+    def build_layers(self, architecture: Architecture, shared: CacheState) -> Sequence[CompressedLayer]:
+        heads = architecture.num_key_value_heads // shared.shard.count
+        found = [SharingLayer([FULL] * heads, shared, window) for window in architecture.sliding_windows]
         for i, layer in enumerate(found):
             layer.others = [cache.compressed_layers[i] for cache in self.caches]
         return found

@@ -1,7 +1,7 @@
-"""Compression methods behind one interface (`Compressor`): the head-aware one and the baselines.
+"""Compression methods behind one interface (`Compressor`): the head-aware method and the baselines.
 
-Each stands in a file of its own name, with a function of that name that compresses a cache in one call. The function
-replaces the file as this package's attribute: `kvcompress.methods.l2_compress` is the function.
+Each method has a file of its own, with a function of the same name that compresses a cache in one call. The function
+replaces the module as this package's attribute: `kvcompress.methods.l2_compress` is the function.
 """
 
 from kvcompress.methods.ada_kv import AdaptiveCompressor

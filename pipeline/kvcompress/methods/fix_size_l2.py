@@ -1,8 +1,4 @@
-"""A cache of fixed size, filled by key norm: `l2_compress` with a budget in tokens.
-
-A layer that holds more than `fix_kv_size` tokens after a forward pass keeps just as many: the most recent
-`int(fix_kv_size * keep_ratio)` always, the rest among the older ones by key norm (smallest, largest) or at random.
-"""
+"""A cache of fixed size, filled by key norm: `l2_compress` with a budget in tokens."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvcompress.cache.layer import CompressedLayer, Shared
+from kvcompress.cache.layer import CacheState, CompressedLayer
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.core.errors import InputError, UnsupportedModelError
-from kvcompress.methods.compressor import require_count, require_share
-from kvcompress.methods.evicting import SelectingCompressor
+from kvcompress.methods.compressor import EvictingCompressor, require_count, require_share
 from kvcompress.models.architecture import Architecture
 
 STRATEGIES = ("keep_low", "keep_high", "random")
@@ -24,9 +19,9 @@ STRATEGIES = ("keep_low", "keep_high", "random")
 
 @dataclass(frozen=True)
 class FixedBudget:
-    """Keys `[batch, kv_head, slot, head_dim]` -> slots that stay `[batch, kv_head, budget]`; None within the budget.
+    """Keep rule: `budget` keys, the last `recent` and older ones by `strategy`; None up to `budget` keys.
 
-    Random choices are drawn from one generator, seeded by `seed`, so that runs reproduce and steps differ.
+    Random draws come from one generator, seeded by `seed`: runs are reproducible and steps differ.
     """
 
     budget: int
@@ -47,15 +42,17 @@ class FixedBudget:
             scores = torch.rand(*keys.shape[:2], older, generator=self.generator).to(keys.device)
         else:
             scores = keys[:, :, :older].float().norm(dim=-1)
-        chosen = scores.topk(self.budget - self.recent, largest=self.strategy == "keep_high").indices.sort().values
+        kept = scores.topk(self.budget - self.recent, largest=self.strategy == "keep_high").indices.sort().values
         recent = torch.arange(older, held, device=keys.device).expand(*keys.shape[:2], self.recent)
-        return torch.cat((chosen, recent), dim=-1)
+        return torch.cat((kept, recent), dim=-1)
 
 
-class FixSizeL2Compressor(SelectingCompressor):
-    """`fix_size_l2` behind the common interface. Raises `InputError` for an unknown strategy or a bad size.
+class FixSizeL2Compressor(EvictingCompressor):
+    """Keep `fix_kv_size` keys in each head.
 
-    The strategy "random" does not serve a model split among processes: `UnsupportedModelError`.
+    The most recent `int(fix_kv_size * keep_ratio)` keys always stay; the rest are older keys of smallest ("keep_low") or
+    largest ("keep_high") norm, or random ones ("random"). Raises `InputError` for an unknown strategy or a bad size, and
+    `UnsupportedModelError` for "random" with a model split among processes.
     """
 
     def __init__(
@@ -73,12 +70,12 @@ class FixSizeL2Compressor(SelectingCompressor):
         super().__init__(FixedBudget(budget, recent, strategy, seed), skip_layers)
         self.strategy = strategy
 
-    def layers(self, shape: Architecture, shared: Shared) -> Sequence[CompressedLayer]:
+    def build_layers(self, architecture: Architecture, shared: CacheState) -> Sequence[CompressedLayer]:
         if self.strategy == "random" and shared.shard.count > 1:
             raise UnsupportedModelError(
-                "fix_size_l2 draws at random for all heads, of which a split model has but a part"
+                "fix_size_l2 with strategy 'random' does not serve a split model: it draws for all heads at once"
             )
-        return super().layers(shape, shared)
+        return super().build_layers(architecture, shared)
 
 
 def fix_size_l2(

@@ -1,8 +1,8 @@
 """Head-aware compression: every KV head keeps what its own query heads need.
 
-The wishes come from a classification (one a query head), from a retention plan (one a KV head) or are the same for all.
-Under grouped-query attention a KV head serves several query heads and their wishes are joined, by default to the least
-that contains them all.
+Retentions come from a classification (one for each query head) or from a plan (one for each KV head), or are the same
+for all heads. Under grouped-query attention a KV head serves several query heads, whose retentions are joined: by default
+to the smallest that contains them all.
 """
 
 from collections import Counter
@@ -61,35 +61,39 @@ class HeadCompressionConfig:
 
 
 class HeadAwareCompressor(PlanCompressor):
-    """`wishes[layer][head]`: query heads where `query_heads`, else KV heads, which are used as they are.
+    """Keep in every KV head what its retention says.
 
-    `made_for`: the number of query heads of the model that KV heads' wishes were made for, None for any.
+    Parameters
+    ----------
+    retention : `[layer][head]`
+    query_heads : whether heads of `retention` are query heads, to be joined, or KV heads [default: True]
+    join : rule for the query heads of one KV head, "union" or "intersection" [default: "union"]
+    skip_layers : layers that stay full [default: none]
+    made_for : number of query heads of the model that retentions of KV heads were made for [default: any]
+    selection_rule : options of heads that select: interval of selections, number of last queries, scores
 
-    `join` names the rule for the query heads of one KV head ("union" or "intersection"). `skip_layers` stay full.
-    `choosing` says how heads that select do it: how often, and by how many of the last queries.
-    Raises `InputError` for layers of unequal width, an unknown rule or an unknown score.
+    Raises `InputError` for layers of unequal width, impossible numbers, an unknown rule or an unknown score.
     """
 
     def __init__(
         self,
-        wishes: Sequence[Sequence[Retention]],
+        retention: Sequence[Sequence[Retention]],
         query_heads: bool = True,
         join: str = "union",
         skip_layers: Iterable[int] = (),
         made_for: int | None = None,
-        choosing: SelectionRule | None = None,
+        selection_rule: SelectionRule | None = None,
     ) -> None:
         super().__init__(skip_layers)
-        self.choosing = choosing or SelectionRule()
-        if not wishes or len({len(layer) for layer in wishes}) != 1:
+        self.selection_rule = selection_rule or SelectionRule()
+        if not retention or len({len(layer) for layer in retention}) != 1:
             raise InputError("a compressor needs at least one layer, and the same number of heads in every layer")
         if join not in JOINS:
             raise InputError(f"unknown rule {join!r} for joining query heads, expected one of {', '.join(JOINS)}")
-        self.wishes = tuple(tuple(layer) for layer in wishes)
-        self.made_for = made_for
-        self.query_heads, self.join = query_heads, join
-        for name in self.scores():
-            self.choosing.score(name)
+        self.retention = tuple(tuple(layer) for layer in retention)
+        self.query_heads, self.join, self.made_for = query_heads, join, made_for
+        for name in self.scores:
+            self.selection_rule.score(name)
 
     @classmethod
     def from_classifications(
@@ -97,21 +101,28 @@ class HeadAwareCompressor(PlanCompressor):
         path: str | Path,
         join: str = "union",
         skip_layers: Iterable[int] = (),
-        choosing: SelectionRule | None = None,
+        selection_rule: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
-        """From a classification file, as this project or the published study wrote it. Raises `InputError`."""
-        rows = load_classifications(path).layers
-        wishes = [[head.retention for head in layer] for layer in rows]
-        return cls(wishes, join=join, skip_layers=skip_layers, choosing=choosing)
+        """Read a classification file of this project or of the published study. Raises `InputError`."""
+        retention = [[head.retention for head in layer] for layer in load_classifications(path).layers]
+        return cls(retention, join=join, skip_layers=skip_layers, selection_rule=selection_rule)
 
     @classmethod
     def from_plan(
-        cls, plan: str | Path | RetentionPlan, skip_layers: Iterable[int] = (), choosing: SelectionRule | None = None
+        cls,
+        plan: str | Path | RetentionPlan,
+        skip_layers: Iterable[int] = (),
+        selection_rule: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
-        """From a retention plan or its file. Raises `InputError`."""
+        """Take a retention plan or its file. Raises `InputError`."""
         plan = plan if isinstance(plan, RetentionPlan) else RetentionPlan.load(plan)
-        made_for = plan.num_attention_heads
-        return cls(plan.layers, query_heads=False, skip_layers=skip_layers, made_for=made_for, choosing=choosing)
+        return cls(
+            plan.layers,
+            query_heads=False,
+            skip_layers=skip_layers,
+            made_for=plan.num_attention_heads,
+            selection_rule=selection_rule,
+        )
 
     @classmethod
     def from_model_config(
@@ -123,57 +134,55 @@ class HeadAwareCompressor(PlanCompressor):
         skip_layers: Iterable[int] = (),
         select_size: int = 0,
         score: str = "",
-        choosing: SelectionRule | None = None,
+        selection_rule: SelectionRule | None = None,
     ) -> "HeadAwareCompressor":
-        """The same for every head of the model. Raises `InputError` for an unknown strategy or a bad size."""
+        """Use the same strategy for every head of the model. Raises `InputError` for an unknown one or a bad size."""
         shape = Architecture.of_config(config)
-        sizes = sink_size, window_size, select_size
-        kept = Retention.from_row(default_strategy, *sizes, score)
-        wishes = [[kept] * shape.num_key_value_heads] * shape.num_layers
-        return cls(wishes, query_heads=False, skip_layers=skip_layers, choosing=choosing)
+        head = Retention.from_row(default_strategy, sink_size, window_size, select_size, score)
+        retention = [[head] * shape.num_key_value_heads] * shape.num_layers
+        return cls(retention, query_heads=False, skip_layers=skip_layers, selection_rule=selection_rule)
 
+    @property
     def scores(self) -> set[str]:
-        return {kept.score for layer in self.wishes for kept in layer if kept.chosen}
+        return {head.score for layer in self.retention for head in layer if head.chosen}
 
-    def kept(self, shape: Architecture) -> Sequence[Sequence[Retention]]:
-        if len(self.wishes) != shape.num_layers:
-            raise InputError(f"this compressor is made for {len(self.wishes)} layers, not {shape.num_layers}")
-        width = len(self.wishes[0])
-        if not self.query_heads:
-            if width != shape.num_key_value_heads:
-                raise InputError(
-                    f"this compressor is made for {width} KV heads a layer, not {shape.num_key_value_heads}"
-                )
-            if self.made_for and shape.num_attention_heads not in (0, self.made_for):
-                raise InputError(
-                    f"this compressor is made for {self.made_for} query heads a layer, not {shape.num_attention_heads}"
-                )
-            return self.wishes
-        if shape.num_attention_heads not in (0, width):
+    def plan_for(self, architecture: Architecture) -> Sequence[Sequence[Retention]]:
+        if len(self.retention) != architecture.num_layers:
+            raise InputError(f"this compressor is made for {len(self.retention)} layers, not {architecture.num_layers}")
+        width, kv_heads = len(self.retention[0]), architecture.num_key_value_heads
+        made_for = width if self.query_heads else self.made_for
+        if not self.query_heads and width != kv_heads:
+            raise InputError(f"this compressor is made for {width} KV heads a layer, not {kv_heads}")
+        # 0 query heads: read from a cache, which does not reveal them.
+        if made_for and architecture.num_attention_heads not in (0, made_for):
             raise InputError(
-                f"this compressor is made for {width} query heads a layer, not {shape.num_attention_heads}"
+                f"this compressor is made for {made_for} query heads a layer, not {architecture.num_attention_heads}"
             )
-        return [join_query_heads(layer, shape.num_key_value_heads, self.join) for layer in self.wishes]
+        return (
+            [join_query_heads(layer, kv_heads, self.join) for layer in self.retention]
+            if self.query_heads
+            else self.retention
+        )
 
     def get_compression_summary(self) -> dict[str, Any]:
-        """Counts over all heads (of `heads_are`), skipped layers counted as full.
+        """Return counts over all heads (query or KV heads, see `heads_are`); skipped layers count as full.
 
-        `mean_bounded_slots` is the mean of sinks + window + chosen keys over the heads with a bound, None without such a
-        head. `chosen_keys` and `scores` stand there only where heads select: keys chosen in all, and heads by score.
+        `mean_bounded_slots` is the mean of sinks + window + selected keys over the bounded heads, None without any.
+        `chosen_keys` (selected keys in all) and `scores` (heads by score) are present only if heads select.
         """
-        heads = [FULL if i in self.skip_layers else kept for i, layer in enumerate(self.wishes) for kept in layer]
-        strategies = Counter(kept.strategy for kept in heads)
-        slots = [kept.capacity for kept in heads if kept.capacity]
-        scores = Counter(kept.score for kept in heads if kept.chosen)
-        selecting = {"chosen_keys": sum(kept.chosen for kept in heads), "scores": dict(sorted(scores.items()))}
+        heads = [FULL if i in self.skip_layers else head for i, layer in enumerate(self.retention) for head in layer]
+        strategies = Counter(head.strategy for head in heads)
+        slots = [head.capacity for head in heads if head.capacity]
+        scores = Counter(head.score for head in heads if head.chosen)
+        selecting = {"chosen_keys": sum(head.chosen for head in heads), "scores": dict(sorted(scores.items()))}
         return {
-            "num_layers": len(self.wishes),
-            "heads_per_layer": len(self.wishes[0]),
+            "num_layers": len(self.retention),
+            "heads_per_layer": len(self.retention[0]),
             "heads_are": "query heads" if self.query_heads else "KV heads",
             "total_heads": len(heads),
             "strategies": dict(sorted(strategies.items())),
-            "compressible_heads": sum(not kept.unbounded for kept in heads),
-            "heads_with_sinks": sum(kept.sinks > 0 for kept in heads),
+            "compressible_heads": sum(not head.unbounded for head in heads),
+            "heads_with_sinks": sum(head.sinks > 0 for head in heads),
             "mean_bounded_slots": sum(slots) / len(slots) if slots else None,
             "skip_layers": sorted(self.skip_layers),
             **(selecting if scores else {}),
@@ -195,10 +204,10 @@ def head_aware_compress(
     default_window_size: int = 8,
     skip_layers: Sequence[int] = (),
 ) -> RaggedCache:
-    """Compress a cache by a compressor, else by a classification file, else uniformly.
+    """Compress a cache by `compressor`, else by a classification file, else uniformly.
 
-    `num_layers` and `num_heads` (query heads a layer) are needed only in the last case; `compressor` makes all others
-    idle. The result is read by a model inside `attached`. Raises `InputError` and `CacheUseError` as `compress` does.
+    `num_layers` and `num_heads` (query heads a layer) matter only in the last case; with `compressor` all other
+    arguments are ignored. A model inside `attached` can read the result. Raises `InputError` and `CacheUseError`.
     """
     if compressor is None and classifications_path is not None:
         modified = Path(classifications_path).stat().st_mtime_ns if Path(classifications_path).is_file() else 0

@@ -1,4 +1,4 @@
-"""The most recent keys alone: the control that shows what sinks are worth."""
+"""Recent keys only: the control that shows what attention sinks are worth."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from kvcompress.methods.compressor import UniformCompressor, require_count
 
 
 class RecentOnlyCompressor(UniformCompressor):
-    """Last `window_size` keys. Raises `InputError` for an empty window."""
+    """Keep the last `window_size` keys. Raises `InputError` for an empty window."""
 
     def __init__(self, window_size: int = 512, skip_layers: Iterable[int] = ()) -> None:
         super().__init__(Retention(0, require_count("window_size", window_size, 1)), skip_layers)

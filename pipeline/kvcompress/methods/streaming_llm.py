@@ -1,8 +1,4 @@
-"""StreamingLLM: the first few and the most recent keys, the same for every head (Xiao et al. 2024, arXiv 2309.17453).
-
-The paper counts positions inside the cache, which lets a model run past its trained context: no distance ever exceeds
-the cache's size (`positions="cache"`). The default keeps positions of the text, as every other method here does.
-"""
+"""StreamingLLM: attention sinks and a recent window, the same for every head (Xiao et al. 2024, arXiv 2309.17453)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +11,12 @@ from kvcompress.methods.compressor import Positions, UniformCompressor, require_
 
 
 class StreamingLLMCompressor(UniformCompressor):
-    """First `start_size` and last `recent_size` keys. Raises `InputError` for a negative start or an empty window."""
+    """Keep the first `start_size` and the last `recent_size` keys.
+
+    The paper counts positions inside the cache (`positions="cache"`), so no distance exceeds the cache size and a model
+    can run past its trained context. The default keeps the positions of the text, as the other methods do. Raises
+    `InputError` for a negative start or an empty window.
+    """
 
     def __init__(
         self,
@@ -24,11 +25,11 @@ class StreamingLLMCompressor(UniformCompressor):
         positions: Positions = "original",
         skip_layers: Iterable[int] = (),
     ) -> None:
-        kept = Retention(require_count("start_size", start_size, 0), require_count("recent_size", recent_size, 1))
-        super().__init__(kept, skip_layers, positions)
+        sizes = require_count("start_size", start_size, 0), require_count("recent_size", recent_size, 1)
+        super().__init__(Retention(*sizes), skip_layers, positions)
 
 
 def streaming_llm(past_key_values: Cache, start_size: int = 4, recent_size: int = 508, **options: Any) -> RaggedCache:
-    """Compress a cache in one call; `options` are those of `StreamingLLMCompressor` and `config`."""
+    """Compress a cache in one call; `options` are those of `StreamingLLMCompressor`, and `config`."""
     config = options.pop("config", None)
     return StreamingLLMCompressor(start_size, recent_size, **options).compress(past_key_values, config=config)

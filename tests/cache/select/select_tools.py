@@ -22,14 +22,14 @@ def select_layers(model, score):
     return [[kinds[(2 * layer + head) % len(kinds)] for head in range(width)] for layer in range(LAYERS)]
 
 
-def select_compressor(model, layers, choosing=CHOOSING):
+def select_compressor(model, layers, rule=CHOOSING):
     plan = RetentionPlan(tuple(tuple(layer) for layer in layers), model.config.num_attention_heads)
-    return HeadAwareCompressor.from_plan(plan, choosing=choosing)
+    return HeadAwareCompressor.from_plan(plan, selection_rule=rule)
 
 
-def uniform(model, kept, choosing=CHOOSING):
+def uniform(model, kept, rule=CHOOSING):
     width = Architecture.of_config(model.config).num_key_value_heads
-    return select_compressor(model, [[kept] * width] * LAYERS, choosing)
+    return select_compressor(model, [[kept] * width] * LAYERS, rule)
 
 
 def replayed(model, layers, choices, ids, mask=None, prompt_length=None):
@@ -44,7 +44,7 @@ def furthest(model, compressor, ids, chunks, mask=None, prefill="streaming", pro
     with recorded_choices(cache) as choices:
         found = feed(model, cache, ids, chunks, mask)
     prompt_length = (prompt_length or chunks[0]) if prefill == "exact" else None
-    expected = replayed(model, compressor.wishes, choices, ids, mask, prompt_length)
+    expected = replayed(model, compressor.retention, choices, ids, mask, prompt_length)
     return (real(found, mask) - real(expected, mask)).abs().max().item(), sum(map(len, choices))
 
 

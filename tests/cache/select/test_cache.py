@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress.cache.layer import Shared
+from kvcompress.cache.layer import CacheState
 from kvcompress.cache.ragged_layer import RaggedLayer
-from kvcompress.cache.select.layer import ChoosingLayer
+from kvcompress.cache.select.layer import SelectLayer
 from kvcompress.cache.storage import Block, allocated_slots
 from kvcompress.core.errors import CacheUseError, InputError, UnsupportedModelError
 from kvcompress.core.retention import Retention
@@ -65,12 +65,12 @@ def test_bytes_are_the_formula_and_the_real_storage(model, score):
     for length, batch in ((9, 1), (LENGTH, 1), (LENGTH, 3)):
         for prefill, chunks in (("streaming", [length]), ("streaming", [7, 1]), ("exact", [length])):
             _, cache = run(model, compressor, tokens(batch, length), chunks, prefill)
-            wanted = [kept for layer in compressor.wishes for kept in layer]
+            wanted = [kept for layer in compressor.retention for kept in layer]
             slots = sum(allocated_slots(kept, length) for kept in wanted)
             assert cache.nbytes == 2 * 4 * batch * head_size(model) * slots
             assert cache.nbytes == cache.peak_nbytes or (length, chunks) != (LENGTH, [LENGTH])
-            assert cache.held() == [[kept.held(length) for kept in layer] for layer in compressor.wishes]
-            asking = sum(any(kept.score == score for kept in layer) for layer in compressor.wishes)
+            assert cache.held() == [[kept.held(length) for kept in layer] for layer in compressor.retention]
+            asking = sum(any(kept.score == score for kept in layer) for layer in compressor.retention)
             queries = asking * batch * CHOOSING.observe * model.config.hidden_size * 4 if score not in NO_QUERIES else 0
             chose = [kept for kept in wanted if kept.chosen and length > kept.capacity]
             sums = sum(kept.capacity * 8 * batch for kept in chose if kept.score == "accumulated_attention")
@@ -103,8 +103,8 @@ def test_a_key_that_matches_the_queries_survives(score, prefill):
     keys[:, :, 30] = 6 * sought
     query = 4 * sought + 0.1 * torch.randn(2, 3, 400, 16)
     for kept, expected in ((Retention(2, 6, 4, score), True), (Retention(2, 10), False)):
-        shared = Shared(prefill, choosing=SelectionRule(every=4, observe=8))
-        layer = ChoosingLayer([kept], shared)
+        shared = CacheState(prefill, selection_rule=SelectionRule(every=4, observe=8))
+        layer = SelectLayer([kept], shared)
         for begin, end in ((0, 150), (150, 151), (151, 300), *((i, i + 1) for i in range(300, 400))):
             layer.attend(query[:, :, begin:end], keys[:, :, begin:end], keys[:, :, begin:end], None, 0.0)
         assert layer.held() == [12]
@@ -173,9 +173,9 @@ def test_crop_is_exact_or_refused(model):
         assert (found - expected[:, 7:]).abs().max() < 1e-5
         before = cache.layers[0].positions()
         for tokens_back in (-1, -6):
-            with pytest.raises(CacheUseError, match="layer 0 has forgotten keys"):
+            with pytest.raises(CacheUseError, match="layer 0 has evicted keys"):
                 cache.crop(tokens_back)
-        with pytest.raises(CacheUseError, match="strategy select cannot take back a choice"):
+        with pytest.raises(CacheUseError, match="strategy select cannot take back a selection"):
             cache.activate_past_recording()
         assert not any(layer.record_past for layer in cache.layers)
         assert cache.layers[0].positions() == before
@@ -193,7 +193,7 @@ def test_crop_in_the_middle_of_a_prompt(model):
             cache = compressor.new_cache(model.config, prompt_length=20)
             feed(model, cache, ids[:, :12], [7, 5])
             if score == "snapkv":  # of whose queries only the last five were kept
-                with pytest.raises(CacheUseError, match="forgotten keys"):
+                with pytest.raises(CacheUseError, match="evicted keys"):
                     cache.crop(-4)
                 found = feed(model, cache, ids[:, 12:], [4])
             else:
@@ -208,7 +208,9 @@ def test_a_sliding_window_is_served_where_nothing_chosen_leaves_it():
     with judged(model, [[Retention(0, 20)] * 2] * 2):
         expected = model(ids, use_cache=False).logits
     assert (run(model, roomy, ids, [11, 1])[0] - expected).abs().max() < 1e-5
-    with pytest.raises(UnsupportedModelError, match="sliding window of 20: select there needs at least as many slots"):
+    with pytest.raises(
+        UnsupportedModelError, match="sliding window of 20: strategy select needs at least as many slots"
+    ):
         uniform(model, Retention(3, 8, 8, "snapkv")).new_cache(model.config)
     late = uniform(model, Retention(3, 8, 8, "key_diff"))
     plain = DynamicCache()
@@ -217,7 +219,7 @@ def test_a_sliding_window_is_served_where_nothing_chosen_leaves_it():
         judged(model, [[Retention(0, 20)] * 2] * 2),
         pytest.raises(UnsupportedModelError, match="sliding window of 20"),
     ):
-        late.compress(plain).layers[0].learn_limit(20)
+        late.compress(plain).layers[0].learn_sliding_window(20)
 
 
 def test_what_cannot_be_served_is_refused_by_name(model):
@@ -260,7 +262,9 @@ def test_a_cache_filled_elsewhere_is_compressed_by_scores_that_need_no_queries(m
         expected, other = run(model, compressor, ids, [30, 1], "exact")
     assert (found - expected[:, 30:]).abs().max() < 1e-5
     assert cache.layers[1].positions() == other.layers[1].positions()
-    same, others = (select_compressor(model, compressor.wishes, choosing) for choosing in (CHOOSING, SelectionRule()))
+    same, others = (
+        select_compressor(model, compressor.retention, choosing) for choosing in (CHOOSING, SelectionRule())
+    )
     assert same.compress(cache) is cache
     with pytest.raises(CacheUseError, match="already compressed by another method"):
         others.compress(cache)

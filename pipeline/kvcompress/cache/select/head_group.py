@@ -1,219 +1,132 @@
-"""A group whose heads hold keys chosen by content; `choices` says by which rule.
+"""Storage of KV heads that hold selected keys; `scores.selection_rule` defines the strategy.
 
-To whoever reads or writes it, it is a group of s + k sinks and a window of w, ring and all: the chosen keys lie in the
-last k of these slots that the ring never meets. All that it has of its own happens between two passes: it exchanges rows
-of those slots with rows of the ring. `positions` goes on saying what a slot's column would be without that, which is
-what decides how long a row of the ring is seen; `places` says what really lies there.
+To a reader or writer it is a head group of s + k sinks and a window of w. The selected keys lie in the last k of the
+slots that the ring never overwrites. The only addition happens between two passes: a selection swaps rows of those slots
+with rows of the ring. `positions` still returns what a slot would hold without selection, which determines how long a
+row of the ring is visible; `slot_positions` returns what the slot really holds.
 """
 
 from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from kvcompress.cache.head_group import Group
+from kvcompress.cache.head_group import HeadGroup
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.select.record import Choice
-from kvcompress.cache.select.types import Evidence, Exchange, Known
-from kvcompress.cache.storage import Meter, storage_bytes
+from kvcompress.cache.select.types import SelectionInputs, SelectionRecord, SlotState, SlotSwap
+from kvcompress.cache.storage import Meter, gather_slots, storage_bytes
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
-from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
+from kvcompress.scores.inputs import AttentionTotals
 from kvcompress.scores.selection_rule import SelectionRule
-from kvcompress.scores.topk import best, first, ranking
 
 
-class ChoosingGroup(Group):
-    """Storage of the KV heads `heads`, which all keep `wanted`; `due` is the column before which they choose next, `known`
-    what is known since they last did."""
+class SelectGroup(HeadGroup):
+    """Storage of the KV heads `heads`, all with `requested`.
 
-    def __init__(self, wanted: Retention, heads: Iterable[int], meter: Meter, choosing: SelectionRule) -> None:
-        super().__init__(Retention(wanted.sinks + wanted.chosen, wanted.window), heads, meter)
-        self.wanted, self.score = wanted, choosing.score(wanted.score)
-        self.every = min(choosing.every, wanted.window)
-        self.record: list[Choice] | None = None
-        self._begin()
+    `due` is the column before which they select next, `selected_at` the column of the last selection, and `state` the
+    state of the slots right after it.
+    """
 
-    def _begin(self) -> None:
+    def __init__(self, requested: Retention, heads: Iterable[int], meter: Meter, rule: SelectionRule) -> None:
+        super().__init__(Retention(requested.sinks + requested.chosen, requested.window), heads, meter)
+        self.requested, self.score = requested, rule.score(requested.score)
+        self.every = min(rule.every, requested.window)
+        self.record: list[SelectionRecord] | None = None
+        self._start()
+
+    def _start(self) -> None:
         assert self.capacity is not None
         self.due = self.capacity
-        self._chosen_at = 0
-        self.known: Known | None = None
+        self.selected_at = 0
+        self.state: SlotState | None = None
 
     @property
-    def evidence_nbytes(self) -> int:
+    def state_nbytes(self) -> int:
         """Bytes kept besides K and V."""
-        return storage_bytes(self.known.tensors) if self.known else 0
+        return storage_bytes(self.state.tensors) if self.state else 0
 
-    def places(self, padding: Padding, device: torch.device) -> Tensor:
-        """The real position of the key in each slot in use, int64 `[batch or 1, head, slot]`; -1 as in `positions`."""
-        if self.known is None:
-            return self.positions(padding, device)[:, None].expand(-1, len(self.heads), -1)
-        return self._places(self.known.places.to(device), padding)
+    def layout_key(self, inputs: SelectionInputs) -> Hashable:
+        """Return a key that is equal for groups that can select together."""
+        keys, values = self.block.tensors
+        queries = () if inputs.queries is None else tuple(inputs.queries.shape[2:])
+        shape = keys.shape[0], keys.shape[3], values.shape[3], *queries
+        counts = self.seen, self.selected_at, self.every, self.state is None
+        return self.requested, self.score, *counts, *shape, keys.dtype, keys.device, inputs.scaling
 
-    def _places(self, before: Tensor, padding: Padding) -> Tensor:
-        """The same, where it was `before` at the last choice, `[batch, any heads, slot]`."""
-        expected = self.positions(padding, before.device)[:, None]
-        old = self.columns(before.device) < self._chosen_at
-        return torch.where(old, before.long(), expected).masked_fill(expected < 0, -1)
+    def slot_positions(self, before: Tensor | None, padding: Padding, device: torch.device) -> Tensor:
+        """Return the real position of the key in each slot in use, int64 `[batch or 1, head or 1, slot]`.
+
+        -1 as in `positions`. `before` are the positions right after the last selection, None without one.
+        """
+        expected = self.positions(padding, device)[:, None]
+        if before is None:
+            return expected
+        old = self.columns(device) < self.selected_at
+        return torch.where(old, before.to(device).long(), expected).masked_fill(expected < 0, -1)
 
     def held_positions(self, row: int, padding: Padding) -> list[list[int]]:
-        places = self.places(padding, torch.device("cpu"))
-        return [sorted(of[of >= 0].tolist()) for of in places[row if len(places) > 1 else 0]]
+        if self.state is None:
+            return super().held_positions(row, padding)
+        positions = self.slot_positions(self.state.positions, padding, torch.device("cpu"))
+        return [sorted(of_head[of_head >= 0].tolist()) for of_head in positions[row]]
 
-    def likeness(self, evidence: Evidence) -> Hashable:
-        """What is the same in groups that can choose as one."""
-        keys, values = self.block.tensors
-        queries = () if evidence.queries is None else tuple(evidence.queries.shape[2:])
-        shape = keys.shape[0], keys.shape[3], values.shape[3], *queries
-        counts = self.seen, self._chosen_at, self.every, self.known is None
-        return self.wanted, self.score, *counts, *shape, keys.dtype, keys.device, evidence.scaling
-
-    def weigh(self, keys: Tensor, values: Tensor, evidence: Evidence, known: Known | None) -> Exchange:
-        """What heads like these do, any number of them, if all slots are in use and hold these keys and values."""
-        if known is None:
-            places, earlier = self.positions(evidence.padding, keys.device)[:, None].expand(-1, keys.shape[1], -1), None
-        else:
-            places, earlier = self._places(known.places, evidence.padding), known.earlier
-        if earlier is not None:
-            fresh = self.columns(keys.device) >= self._chosen_at
-            earlier = AttentionTotals(earlier.total.masked_fill(fresh, 0), earlier.queries.masked_fill(fresh, 0))
-        held = self._held(keys, values, places, evidence, earlier)
-        received = self.score.received(held)
-        return self._exchange(self.score(held, received), places, evidence.padding, received)
-
-    def choose_of_padded_prompt(self, keys: Tensor, values: Tensor, evidence: Evidence) -> None:
-        """Take the best of all columns of a prompt, `[batch, head, column, head_dim]`, which has just been appended."""
-        sinks, window, chosen, _ = self.wanted
-        assert self.capacity is not None
-        seen, device, pads = self.seen, keys.device, evidence.padding.on(keys.device)
-        assert pads is not None  # without any, see `choosing_prompt`
-        columns = torch.arange(seen, device=device)
-        places = (columns - pads)[:, None].clamp_min(-1)  # [batch, 1, column]
-        held = self._held(keys, values, places, evidence, None)
-        received = self.score.received(held)
-        scores = self.score(held, received)
-        # A row that has slots for all its tokens has them there already.
-        short = (seen - pads <= self.capacity)[:, None]
-        older = (places >= sinks) & (places < (seen - pads - window)[:, None])
-        index = best(scores, chosen, torch.where(short, columns >= chosen, ~older))
-        there = (pads + torch.arange(sinks, sinks + chosen, device=device)).clamp_max(seen - 1)[:, None]
-        index = torch.where(short, there, index)
-        at = index[..., None]
-        self.block.write(
-            sinks, *(tensor.gather(2, at.expand(*at.shape[:3], tensor.shape[3])) for tensor in (keys, values))
-        )
-        # Which column lies in which slot, and with it its position, its score and what it received.
-        shape = (*index.shape[:2], -1)
-        front = (pads + columns[:sinks]).clamp_max(seen - 1)[:, None]
-        ring = self.columns(device)[sinks + chosen :]
-        source = torch.cat((front.expand(shape), index, ring.expand(shape)), dim=-1)
-        places = (source - pads[:, None]).masked_fill(self.positions(evidence.padding, device)[:, None] < 0, -1)
-        earlier = None if received is None else received.take(source)
-        self.settle(self._exchange(scores.gather(-1, source), places, evidence.padding, earlier))
-
-    def _held(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        places: Tensor,
-        evidence: Evidence,
-        earlier: AttentionTotals | None,
-    ) -> ScoreInputs:
-        sinks, window = self.wanted[:2]
-        pads, device = evidence.padding.on(keys.device), keys.device
-        queries, at = evidence.queries, None
-        if queries is not None:
-            if self.score.accumulates:
-                queries = queries[:, :, :, -(self.seen - self._chosen_at) :]
-            at = torch.arange(self.seen - queries.shape[3], self.seen, device=device)[None]
-            at = at if pads is None else at - pads
-            queries = queries.flatten(1, 2)
-        until = self.seen - window + self.every
-        stays = (places < sinks) | (places >= (until if pads is None else (until - pads)[:, None]))
-        return ScoreInputs(
-            keys,
-            values,
-            places,
-            evidence.scaling,
-            queries,
-            at,
-            evidence.rotation,
-            stays=stays,
-            earlier=earlier,
-        )
-
-    def _exchange(self, scores: Tensor, places: Tensor, padding: Padding, earlier: AttentionTotals | None) -> Exchange:
-        """Which rows to exchange so that the best lie in the slots of chosen keys; all `[.., head, slot]`."""
-        sinks, _, chosen, _ = self.wanted
-        device, end, goes = scores.device, sinks + chosen, self._goes(scores.device)
-        places = places.expand(scores.shape)
-        ranked, none = torch.cat((scores[..., sinks:end], scores[..., goes]), dim=-1), None
-        if padding.longest:
-            # In a padded row the ring may hold pads, and second copies of what lies in the slots before it.
-            empty = (self.positions(padding, device)[:, goes] < end)[:, None]
-            none = pad(empty, (chosen, 0))
-        worst = ranking(ranked, none).flip(-1)
-        enter = torch.ones_like(ranked, dtype=torch.bool).scatter_(-1, worst[..., : self.every], False)[..., chosen:]
-        # The i-th pair: of those that have to go the i-th worst, of those that enter the i-th oldest.
-        pairs = min(chosen, self.every)
-        leave = worst.gather(-1, first(worst < chosen, pairs)) + sinks
-        come = goes[first(enter, pairs)]
-        real = torch.arange(pairs, device=device) < enter.sum(-1, keepdim=True)
-        into, source = torch.cat((leave, come), dim=-1), torch.cat((come, leave), dim=-1)
-        source = torch.where(torch.cat((real, real), dim=-1), source, into)
-        slots = torch.arange(scores.shape[-1], device=device)
-        moved = slots.expand(scores.shape).scatter(-1, into, source)
-        if padding.longest:  # of a row's slots not reached yet it is known what they will hold
-            places = torch.where((slots < end) & (places < 0), slots, places)
-        after = Known(places.gather(-1, moved).int(), None if earlier is None else earlier.take(moved))
-        return Exchange(source, into, after)
-
-    def settle(self, exchange: Exchange) -> None:
-        """Do what these heads have chosen to do."""
-        self.block.move(exchange.source, exchange.into)
-        self._know(exchange.after)
+    def next_slots(self, device: torch.device) -> Tensor:
+        """Return the slots that the next columns overwrite until the next selection but one, in order, `[slot]`."""
+        sinks, window, chosen, _ = self.requested
+        end = sinks + chosen
+        return (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
 
     def expect(self, keys: Tensor, values: Tensor) -> None:
-        """Make room for all that these heads keep of a prompt `[batch, any heads, column, head_dim]`; `hold` fills it."""
+        """Allocate room for a prompt `[batch, any heads, column, head_dim]` and count it; `hold` fills the slots."""
         heads = slice(len(self.heads))
         self._reserve(keys.shape[2], keys[:, heads], values[:, heads])
         self.seen = keys.shape[2]
 
-    def hold(self, keys: Tensor, values: Tensor, source: Tensor, earlier: AttentionTotals | None) -> None:
-        """Let slot i hold the column `source[.., i]` of a prompt without pads, `[batch, head, column, head_dim]`."""
-        at = source[..., None]
-        self.block.write(0, *(tensor.gather(2, at.expand(-1, -1, -1, tensor.shape[3])) for tensor in (keys, values)))
-        self._know(Known(source.int(), earlier))
+    def hold(
+        self, keys: Tensor, values: Tensor, source: Tensor, received: AttentionTotals | None, row: int | None = None
+    ) -> None:
+        """Fill slot i with the column `source[.., i]` of a prompt without pads, `[batch, head, column, head_dim]`.
 
-    def _goes(self, device: torch.device) -> Tensor:
-        """The slots that the next columns will overwrite until the choice after this one, in order, `[slot]`."""
-        sinks, window, chosen, _ = self.wanted
-        end = sinks + chosen
-        return (torch.arange(self.every, device=device) + (self.seen - window - end)) % window + end
+        With `row` only that row of the batch, which then has a `state` already.
+        """
+        self.block.write(0, gather_slots(keys, source), gather_slots(values, source), row)
+        if row is None:
+            self.state = SlotState(source.int(), received)
+            return
+        assert self.state is not None
+        self.state.positions[row] = source[0]
+        if received is not None and self.state.received is not None:
+            self.state.received.total[row] = received.total[0]
+            self.state.received.queries[row] = received.queries[0]
 
-    def _know(self, after: Known) -> None:
-        self.known = after
+    def swap(self, swap: SlotSwap) -> None:
+        """Swap rows as a selection says."""
+        self.block.move(swap.source, swap.into)
+        self.state = swap.after
+
+    def close_selection(self) -> None:
+        """Record the selection and set the next one's column."""
+        assert self.state is not None
         if self.record is not None:
-            (sinks, _, chosen, _), now = self.wanted, after.places.clone()
-            leaving = now[..., self._goes(now.device)]
-            self.record.append(Choice(self.seen, tuple(self.heads), now[..., sinks : sinks + chosen], leaving))
-        self._chosen_at, self.due = self.seen, self.seen + self.every
+            (sinks, _, chosen, _), now = self.requested, self.state.positions.clone()
+            leaving = now[..., self.next_slots(now.device)]
+            self.record.append(SelectionRecord(self.seen, tuple(self.heads), now[..., sinks : sinks + chosen], leaving))
+        self.selected_at, self.due = self.seen, self.seen + self.every
 
     def can_crop(self, tokens: int) -> bool:
-        return tokens == 0 or (self.known is None and super().can_crop(tokens))
+        return tokens == 0 or (self.state is None and super().can_crop(tokens))
 
     def crop(self, tokens: int) -> None:
         if not self.can_crop(tokens):
-            raise CacheUseError(f"a KV head that has chosen among its keys cannot take back {tokens} tokens")
+            raise CacheUseError(f"a KV head that has selected among its keys cannot take back {tokens} tokens")
         super().crop(tokens)
 
     def reset(self) -> None:
         super().reset()
-        self._begin()
+        self._start()
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        if self.known is not None:
-            self.known = self.known.rows(rows.to(self.known.places.device))
+        if self.state is not None:
+            self.state = self.state.rows(rows)

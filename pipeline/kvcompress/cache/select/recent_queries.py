@@ -1,14 +1,16 @@
 """The last queries of a layer, for scores that rank keys by them: column c lies in slot c mod size.
 
-Not K and V, so not in `nbytes`; `size` times query heads times head size elements a row of the batch.
+Not part of `nbytes`, which counts K and V.
 """
 
 import torch
 from torch import Tensor
 
+from kvcompress.cache.storage import take_rows, writable_zeros
+
 
 class RecentQueries:
-    """`size` queries, grouped by KV head: `[batch, kv_head, group, size, head_dim]`; no memory before the first."""
+    """Ring of `size` queries, `[batch, kv_head, group, size, head_dim]`; no memory before the first."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -19,7 +21,7 @@ class RecentQueries:
         return () if self._ring is None else (self._ring,)
 
     def store(self, query: Tensor, first: int) -> None:
-        """Take the queries `[batch, kv_head, group, query, head_dim]` of the columns `first...`."""
+        """Store the queries `[batch, kv_head, group, query, head_dim]` of the columns `first...`."""
         ring, new = self._room(query), query.shape[3]
         if new > self.size:
             query, first = query[:, :, :, -self.size :], first + new - self.size
@@ -30,27 +32,26 @@ class RecentQueries:
             ring[:, :, :, : new - room] = query[:, :, :, room:]
 
     def store_at(self, query: Tensor, column: Tensor) -> None:
-        """Take the query of one column, which only the device knows: int64 `[1]`."""
+        """Store the query of one column whose number is on the device, int64 `[1]`."""
         self._room(query).index_copy_(3, column % self.size, query)
 
     def before(self, column: int) -> Tensor:
-        """Queries of the last columns before `column`, all that are left, in order."""
+        """Return the stored queries of the columns before `column`, in order."""
         assert self._ring is not None
         count = min(self.size, column)
         at = torch.arange(column - count, column, device=self._ring.device) % self.size
         return self._ring.index_select(3, at)
 
     def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by the rows at indices `rows`, `[new batch]`."""
         if self._ring is not None:
-            with torch.inference_mode(False):
-                self._ring = self._ring.index_select(0, rows.to(self._ring.device).clone())
+            self._ring = take_rows(self._ring, rows)
 
     def free(self) -> None:
         self._ring = None
 
     def _room(self, query: Tensor) -> Tensor:
         if self._ring is None:
-            shape = *query.shape[:3], self.size, query.shape[4]
-            with torch.inference_mode(False):  # made in inference mode, it could be written nowhere else
-                self._ring = torch.zeros(shape, dtype=query.dtype, device=query.device)
+            batch, heads, group, _, size = query.shape
+            self._ring = writable_zeros(batch, heads, group, self.size, size, like=query)
         return self._ring

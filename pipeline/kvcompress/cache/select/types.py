@@ -1,84 +1,91 @@
-"""What goes into a choice of keys and what comes out of it, for one group of heads or for several that are alike."""
+"""Inputs, state and result of a selection, for one head group or for several of equal layout."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from kvcompress.cache.padding import Padding
+from kvcompress.cache.storage import take_rows
 from kvcompress.models.rotary import Rotation
 from kvcompress.scores.inputs import AttentionTotals
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What scores know besides keys: the queries `[batch, kv_head, group, query, head_dim]` of the columns just before
-    the choice (None for scores that need none), what multiplies products of queries and keys, padding and rotation."""
+class SelectionInputs:
+    """Inputs of a score other than keys and values.
+
+    Parameters
+    ----------
+    queries : queries of the columns just before the selection, `[batch, kv_head, group, query, head_dim]`; None for
+        scores that need none
+    scaling : factor of the products of queries and keys
+    padding : left padding of the batch
+    rotation : the model's rotary embedding, if known
+    """
 
     queries: Tensor | None
     scaling: float
     padding: Padding
     rotation: Rotation | None
 
-    def of(self, heads: slice | Tensor) -> "Evidence":
-        """The same for some of the KV heads."""
+    def of_heads(self, heads: slice | Tensor) -> "SelectionInputs":
+        """Return the inputs of some KV heads."""
         return self if self.queries is None else replace(self, queries=self.queries[:, heads])
+
+    def of_row(self, row: int, columns: int) -> "SelectionInputs":
+        """Return the inputs of the last `columns` columns of one row, as those of an unpadded batch of 1."""
+        queries = None if self.queries is None else self.queries[row : row + 1, :, :, -columns:]
+        return SelectionInputs(queries, self.scaling, Padding(), self.rotation)
 
 
 @dataclass(frozen=True)
-class Known:
-    """Of every slot, as of a choice: where its key stands, int32 `[batch, head, slot]`, and what that key received by then
-    (None for scores that do not accumulate)."""
+class SlotState:
+    """State of every slot right after a selection.
 
-    places: Tensor
-    earlier: AttentionTotals | None
+    `positions`: position of the key in the slot, int32 `[batch, head, slot]`. `received`: attention the key has received
+    so far, None for scores that do not accumulate.
+    """
 
-    def rows(self, rows: Tensor) -> "Known":
-        """The same of these rows of the batch."""
-        places, *sums = (tensor.index_select(0, rows) for tensor in self.tensors)
-        return Known(places, AttentionTotals(*sums) if sums else None)
+    positions: Tensor
+    received: AttentionTotals | None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.places,) if self.earlier is None else (self.places, self.earlier.total, self.earlier.queries)
+        return (self.positions, self.received.total, self.received.queries) if self.received else (self.positions,)
+
+    def rows(self, rows: Tensor) -> "SlotState":
+        """Return the state of rows `rows` of the batch."""
+        positions, *totals = (take_rows(tensor, rows) for tensor in self.tensors)
+        return SlotState(positions, AttentionTotals(*totals) if totals else None)
+
+    def heads(self, heads: slice) -> "SlotState":
+        """Return a copy of the state of some heads."""
+        positions, *totals = (tensor[:, heads].clone() for tensor in self.tensors)
+        return SlotState(positions, AttentionTotals(*totals) if totals else None)
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """What a choice comes to: the slots `into` shall hold what the slots `source` hold now, `[batch, head, slot]` each;
-    `after` is what is known then."""
+class SlotSwap:
+    """Result of a selection: slots `into` get the contents of slots `source`, `[batch, head, n]` each; then `after`."""
 
     source: Tensor
     into: Tensor
-    after: Known
-
-    def split(self, heads: Sequence[int]) -> Iterator["Exchange"]:
-        """The same, cut into so many heads each, with memory of its own for what will be kept."""
-        if len(heads) == 1:
-            yield self
-            return
-        earlier, begin = self.after.earlier, 0
-        for count in heads:
-            part = slice(begin, begin + count)
-            received = earlier and AttentionTotals(earlier.total[:, part].clone(), earlier.queries[:, part].clone())
-            known = Known(self.after.places[:, part].clone(), received)
-            yield Exchange(self.source[:, part], self.into[:, part], known)
-            begin += count
+    after: SlotState
 
 
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Heads side by side."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), 1)
+@dataclass(frozen=True)
+class SelectionRecord:
+    """Selection of the heads `heads` of one layer after `column` columns; positions count real tokens.
+
+    `chosen`: `[batch, head, k]`. `leaving`: `[batch, head, r]`, -1 for pads and second copies; the i-th is overwritten
+    by column `column + i`, and invisible from there on. Slots that a padded row has not reached yet are listed in
+    `chosen` with the position they will hold.
+    """
+
+    column: int
+    heads: tuple[int, ...]
+    chosen: Tensor
+    leaving: Tensor
 
 
-def join_known(parts: Sequence[Known | None]) -> Known | None:
-    """The same of what is known, of all of them or of none."""
-    known = [part for part in parts if part is not None]
-    if not known:
-        return None
-    earlier = [part.earlier for part in known if part.earlier is not None]
-    received = (
-        AttentionTotals(join([of.total for of in earlier]), join([of.queries for of in earlier])) if earlier else None
-    )
-    return Known(join([part.places for part in known]), received)
+SelectionRecords = list[list[SelectionRecord]]  # [layer], in order of time
