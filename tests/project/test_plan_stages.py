@@ -71,7 +71,13 @@ def test_prices_of_all_heads_are_plot_data(project: Path) -> None:
 def test_prices_are_reported_by_class(project: Path) -> None:
     data = project / "data"
     text = (project / "reports/price_report.txt").read_text()
-    for title in ("BY CLASS", "HIGHEST PRICES ON TEXT", "RETRIEVAL HEADS", "DO STATISTICS PREDICT", "WHAT A BUDGET GIVES"):
+    for title in (
+        "BY CLASS",
+        "HIGHEST PRICES ON TEXT",
+        "RETRIEVAL HEADS",
+        "DO STATISTICS PREDICT",
+        "WHAT A BUDGET GIVES",
+    ):
         assert title in text
     sensitivity = Sensitivity.load(data / "head_sensitivity.safetensors")
     near = int(np.searchsorted(sensitivity.windows, min(128, sensitivity.windows[-1])))
