@@ -58,7 +58,7 @@ def test_every_option_has_its_own_prices() -> None:
     batch = [tokens for each in documents_of_all(tokenizer, TEXTS, 256, 2).values() for tokens in each]
     questions = calibration_facts(tokenizer, TEXTS, 252, params)
     for i in (0, 4, 11, 17):
-        text = [text_prices(model, tokens, [16], 2, shape, 0, [found.choices[i]], rotation)[1] for tokens in batch]
+        text = [text_prices(model, tokens, [16], 2, shape, 0, [found.choices[i]], rotation)[0][1] for tokens in batch]
         np.testing.assert_allclose(found.chosen[i], sum(text), rtol=1e-6)
         facts = [fact_prices(model, *one, 16, 2, shape, 2, [found.choices[i]], rotation)[:, 1] for one in questions]
         np.testing.assert_allclose(found.lost[:, i], np.concatenate(facts), rtol=1e-5, atol=1e-7)

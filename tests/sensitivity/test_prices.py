@@ -10,8 +10,9 @@ from kvcompress.core.retention import FULL, Retention
 from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from kvcompress.sensitivity.fact_price import fact_prices
 from kvcompress.sensitivity.joint_price import HalfwayHook, joint_prices
-from kvcompress.sensitivity.selection_outputs import output_changes
+from kvcompress.sensitivity.selection_outputs import changes_along
 from kvcompress.sensitivity.text_price import text_prices
+from kvcompress.sensitivity.window_outputs import windowed_output
 from tests.reference.oracle import judged
 from tests.tiny import tiny_model
 
@@ -24,20 +25,30 @@ def tokens(count: int = 60) -> Tensor:
 
 
 @pytest.mark.parametrize("limit", [None, 12])
-def test_changes_are_those_of_a_masked_softmax(limit: int | None) -> None:
+def test_windows_are_those_of_a_masked_softmax(limit: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 5)
-    changes, full = output_changes(query, key, value, WINDOWS, SINKS, 0.3, limit)
+    gradient = torch.randn(2, 3, 20, 5)
+    along = changes_along(gradient, query, key, value, WINDOWS, SINKS, 0.3, limit)
     position, place = torch.arange(30, 50)[:, None], torch.arange(50)
     scores = torch.einsum("hgqd,hkd->hgqk", query, key) * 0.3
     seen = (place <= position) if limit is None else (place <= position) & (place > position - limit)
-    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, None]
-    assert torch.allclose(full, expected, atol=1e-5)
+    full = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, None]
     for i, window in enumerate(WINDOWS):
         kept = seen & ((place < SINKS) | (place > position - window))
-        some = kept.any(-1)[:, None]
-        mine = scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num() @ value[:, None]
-        assert torch.allclose(torch.where(some, changes[i] + full, 0), torch.where(some, mine, 0), atol=1e-5)
+        expected = scores.masked_fill(~kept, -torch.inf).softmax(-1) @ value[:, None]
+        batch = query.flatten(0, 1)[None], key[None], value[None]
+        found = windowed_output(*batch, window, SINKS, 0.3, limit)
+        assert torch.allclose(found[0], expected.flatten(0, 1), atol=1e-5)
+        assert torch.allclose(along[i], ((expected - full) * gradient).sum((1, 3)), atol=1e-4)
+
+
+def test_a_windowed_output_reads_long_texts_in_blocks() -> None:
+    query, key, value = torch.randn(3, 1, 2, 300, 8, generator=torch.Generator().manual_seed(1))
+    place = torch.arange(300)
+    seen = (place <= place[:, None]) & ((place < SINKS) | (place > place[:, None] - 40))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3)
+    assert torch.allclose(windowed_output(query, key, value, 40, SINKS, 0.3), expected, atol=1e-5)
 
 
 class Remember:
@@ -58,7 +69,7 @@ class Remember:
 def test_text_price_is_half_the_squared_gradient_along_the_change(name: str) -> None:
     model, ids = tiny_model(name), tokens()
     layers, kv_heads = SHAPES[name]
-    found = text_prices(model, ids, WINDOWS, SINKS, (layers, kv_heads), seed=5)
+    found, _ = text_prices(model, ids, WINDOWS, SINKS, (layers, kv_heads), seed=5)
     remember = Remember()
     with attention_hook(model, remember):
         logits = model(ids[None], use_cache=False).logits[0]
@@ -97,7 +108,7 @@ class FirstLayer:
 
 def test_windows_longer_than_the_text_cost_nothing() -> None:
     model = tiny_model("llama")
-    found = text_prices(model, tokens(), WINDOWS, SINKS, (2, 2), seed=0)
+    found, _ = text_prices(model, tokens(), WINDOWS, SINKS, (2, 2), seed=0)
     assert found[-1].abs().max() < 1e-9
     assert found[0].max() > 1e-6
 
@@ -105,7 +116,9 @@ def test_windows_longer_than_the_text_cost_nothing() -> None:
 @pytest.mark.parametrize("name", ["gpt_neox", "llama"])
 def test_joint_price_is_the_slope_of_the_divergence_halfway(name: str) -> None:
     model, ids, shape = tiny_model(name).double(), tokens(), SHAPES[name]
-    found = joint_prices(model, ids, 8, SINKS, shape)
+    with torch.no_grad():
+        probabilities = model(ids[None], use_cache=False).logits[0].float().softmax(-1)
+    found = joint_prices(model, ids, probabilities, 8, SINKS, shape)
 
     def divergence(shift: float) -> float:
         halfway = HalfwayHook(8, SINKS, *shape)

@@ -14,13 +14,7 @@ from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from kvcompress.sensitivity.fact_price import fact_prices
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.prices import SelectOption
-from kvcompress.sensitivity.selection_outputs import (
-    STEP,
-    SelectedKeys,
-    output_changes,
-    select_options,
-    selected_keys,
-)
+from kvcompress.sensitivity.selection_outputs import STEP, changes_along, select_options, selected_keys
 from kvcompress.sensitivity.text_price import text_prices
 from tests.reference.recorded import recorded_choices
 from tests.tiny import tiny_model
@@ -54,36 +48,36 @@ def slow_kept(option: SelectOption, keys: torch.Tensor, query: int) -> set[int]:
     return {key for key in kept if 0 <= key <= query}
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, LENGTH), (0, 64), (128, 192), (192, LENGTH), (64, 256)])
-def test_changes_are_those_of_a_mask(start: int, stop: int) -> None:
+@pytest.mark.parametrize("moment", [0, 1, 3, 4])
+def test_changes_are_those_of_a_mask(moment: int) -> None:
     query, key, value = tensors()
-    chosen = selected_keys(range(0, LENGTH, STEP), OPTIONS, query, key, value, SINKS, 0.3, None)
-    grouped = query.unflatten(0, (2, 2))
-    found, full = output_changes(
-        grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3, None, OPTIONS,
-        [of.serving(start, stop) for of in chosen],
-    )  # fmt: skip
-    windows, same = output_changes(grouped[:, :, start:stop], key[:, :stop], value[:, :stop], [16, 90], SINKS, 0.3)
-    torch.testing.assert_close(found[:2], windows)
-    torch.testing.assert_close(full, same)
+    start, stop = moment * STEP, min((moment + 1) * STEP, LENGTH)
+    gradient = torch.randn(2, 2, stop - start, 8, generator=torch.Generator().manual_seed(1))
+    selected = selected_keys(range(0, LENGTH, STEP), OPTIONS, query, key, value, SINKS, 0.3, None)
+    text = query.unflatten(0, (2, 2))[:, :, start:stop], key[:, :stop], value[:, :stop]
+    found = changes_along(gradient, *text, [16, 90], SINKS, 0.3, None, OPTIONS, selected[:, :, moment, :stop])
+    torch.testing.assert_close(found[:2], changes_along(gradient, *text, [16, 90], SINKS, 0.3))
     for i, option in enumerate(OPTIONS):
         for head in range(2):
             for at in range(start, stop, 7):
                 kept = sorted(slow_kept(option, key[head], at))
-                weights = (grouped[head, :, at] @ key[head, kept].T * 0.3).softmax(-1)
-                expected = weights @ value[head, kept] - full[head, :, at - start]
-                torch.testing.assert_close(found[2 + i, head, :, at - start], expected, rtol=1e-4, atol=1e-5)
+                rows = query.unflatten(0, (2, 2))[head, :, at]
+                few = (rows @ key[head, kept].T * 0.3).softmax(-1) @ value[head, kept]
+                full = (rows @ key[head, : at + 1].T * 0.3).softmax(-1) @ value[head, : at + 1]
+                expected = ((few - full) * gradient[head, :, at - start]).sum()
+                torch.testing.assert_close(found[2 + i, head, at - start], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("score", ["expected_attention", "leverage", "key_diff", "snapkv"])
-def test_a_choice_knows_nothing_of_what_comes_after_it(score: str) -> None:
+def test_a_selection_knows_nothing_of_later_tokens(score: str) -> None:
     text, rotation = tensors(), Rotation(8, 1000.0)
     option = SelectOption(score, 0.3, 100)
     (whole,) = selected_keys([0, 128, 192], [option], *text, SINKS, 0.3, rotation)
     (cut,) = selected_keys([128], [option], *(tensor[:, :128] for tensor in text), SINKS, 0.3, rotation)
-    assert not whole.valid[:, 0].any()
-    assert whole.slots[:, 1].tolist() == cut.slots[:, 0].tolist()
-    assert whole.slots[:, 1].tolist() != whole.slots[:, 2].tolist()
+    assert not whole[:, 0].any()
+    assert (whole.sum(-1)[:, 1:] == option.selected).all()
+    assert whole[:, 1].nonzero().tolist() == cut[:, 0].nonzero().tolist()
+    assert whole[:, 1].nonzero().tolist() != whole[:, 2].nonzero().tolist()
 
 
 @pytest.mark.parametrize(("score", "same"), [("expected_attention", 1.0), ("key_diff", 1.0), ("leverage", 0.9)])
@@ -107,10 +101,10 @@ def test_the_cache_chooses_the_same_at_the_end_of_a_prompt(score: str, same: flo
         found = selected_keys(
             [LENGTH], [option], *recorder.text[layer], SINKS, recorder.scaling, Rotation.of(model.config)
         )
-        assert found[0].valid.all()
-        for mine, its in zip(found[0].slots[:, 0].tolist(), made[0].chosen[0].tolist(), strict=True):
-            assert len(set(mine) & set(its)) >= same * option.selected
-            assert len(set(mine)) == option.selected
+        for mine, its in zip(found[0, :, 0], made[0].chosen[0].tolist(), strict=True):
+            keys = set(mine.nonzero()[:, 0].tolist())
+            assert len(keys & set(its)) >= same * option.selected
+            assert len(keys) == option.selected
 
 
 class Recorder:
@@ -134,8 +128,8 @@ def test_text_prices_of_windows_are_what_they_are_alone_and_of_all_keys_nothing(
         SelectOption("key_diff", 0.5, 256),
         SelectOption("key_norm", 0.75, 2 * LENGTH),
     ]
-    alone = text_prices(model, ids, [16, 64], SINKS, shape, 0)
-    found = text_prices(model, ids, [16, 64], SINKS, shape, 0, options, None)
+    alone, _ = text_prices(model, ids, [16, 64], SINKS, shape, 0)
+    found, _ = text_prices(model, ids, [16, 64], SINKS, shape, 0, options, None)
     torch.testing.assert_close(found[:2], alone)
     assert (found[2] > found[3]).all()
     assert found[3].min() > 0
@@ -156,8 +150,8 @@ def test_nothing_chosen_loses_all_that_a_head_carries(monkeypatch: pytest.Monkey
     assert found[:, 2].abs().max() < 1e-6  # all of the context
     assert (found[:, 1] - found[:, 0]).abs().max() > 0.01
 
-    def none(*arguments: Any) -> list[SelectedKeys]:
-        return [SelectedKeys(of.slots, torch.zeros_like(of.valid)) for of in selected_keys(*arguments)]
+    def none(*arguments: Any) -> torch.Tensor:
+        return torch.zeros_like(selected_keys(*arguments))
 
     monkeypatch.setattr(fact_price, "selected_keys", none)
     nothing = fact_prices(model, context, asked, 32, SINKS, (2, 2), 3, options)

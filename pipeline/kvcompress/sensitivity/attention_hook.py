@@ -7,7 +7,7 @@ itself on the gradient of the output, to price what a head would lose.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class LayerAttention:
     output: Tensor
     scaling: float
     sliding_window: int | None
+
+    def detached(self) -> "LayerAttention":
+        """Copy without gradients, for hooks on the gradient of the output, which would else keep the graph alive."""
+        tensors = {name: getattr(self, name).detach() for name in ("query", "key", "value", "output")}
+        return replace(self, **tensors)
 
 
 AttentionHook = Callable[[LayerAttention], Tensor]  # returns the output that the model continues with

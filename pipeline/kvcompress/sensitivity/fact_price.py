@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.models.load import input_device
@@ -21,7 +22,8 @@ from kvcompress.models.rotary import Rotation
 from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.prices import SelectOption
-from kvcompress.sensitivity.selection_outputs import SelectedKeys, output_changes, selected_keys
+from kvcompress.sensitivity.selection_outputs import changes_along, selected_keys
+from kvcompress.sensitivity.window_outputs import moved_output
 from kvcompress.texts.retrieval_tasks import TEMPLATES, CaseMaker
 
 # Half of the contexts are prose, half repeat a few sentences: heads that find a fact in prose are not all that find one
@@ -99,18 +101,20 @@ def calibration_facts(
 
 
 class SelectionHook:
-    """Attention hook that records the keys that every option selects at the end of a text, `selected[layer][option]`."""
+    """Attention hook that records the keys that every option selects at the end of a text.
+
+    selected: bool `[option, kv_head, key]` of every layer.
+    """
 
     def __init__(self, options: Sequence[SelectOption], sinks: int, rotation: Rotation | None) -> None:
         self.options, self.sinks, self.rotation = options, sinks, rotation
-        self.selected: dict[int, list[SelectedKeys]] = {}
+        self.selected: dict[int, Tensor] = {}
 
     def __call__(self, attention: LayerAttention) -> Tensor:
         text = attention.query[0], attention.key[0], attention.value[0]
-        moments = [attention.key.shape[2]]
         self.selected[attention.layer] = selected_keys(
-            moments, self.options, *text, self.sinks, attention.scaling, self.rotation
-        )
+            [attention.key.shape[2]], self.options, *text, self.sinks, attention.scaling, self.rotation
+        )[:, :, 0]
         return attention.output
 
 
@@ -127,44 +131,33 @@ class GateHook:
         self.lost = torch.zeros(len(nodes), len(selection.options), layers, kv_heads, dtype=torch.float64)
 
     def __call__(self, attention: LayerAttention) -> Tensor:
-        query, key, value = attention.query, attention.key, attention.value
-        layer, scaling, sliding_window = attention.layer, attention.scaling, attention.sliding_window
-        rows, kv_heads = key.shape[:2]
-        # Rows of the batch count as KV heads.
-        text = query.unflatten(1, (kv_heads, -1)).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-        changes, _ = output_changes(*text, [self.window], self.selection.sinks, scaling, sliding_window)
-        gate = self.gates[:, layer].to(query.device)[:, :, None, None, None]
-        moved = gate * changes[0].unflatten(0, (rows, kv_heads))
-        output = attention.output + moved.flatten(1, 2).transpose(1, 2).to(attention.output.dtype)
+        output = moved_output(attention, self.window, self.selection.sinks, self.gates[:, attention.layer])
         if self.selection.options:
-            detached = text[0].detach(), text[1].detach(), text[2].detach()
-            output.register_hook(lambda gradient: self.add(layer, *detached, gradient, scaling, sliding_window))
+            text = attention.detached()
+            output.register_hook(lambda gradient: self.add(text, gradient))
         return output
 
     @torch.no_grad()
-    def add(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gradient: Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> None:
+    def add(self, attention: LayerAttention, gradient: Tensor) -> None:
         """Set a layer's losses; gradient `[node, token, query_head, value_dim]`."""
-        rows, options = len(gradient), self.selection.options
-        # All rows have read the same context.
-        selected = [
-            SelectedKeys(keys.slots.repeat(rows, 1, 1), keys.valid.repeat(rows, 1, 1))
-            for keys in self.selection.selected[layer]
-        ]
-        changes, _ = output_changes(
-            query, key, value, [], self.selection.sinks, scaling, sliding_window, options, selected, query.shape[2]
-        )  # [option, node and kv_head, group, token, dim]
-        along = gradient.transpose(1, 2).unflatten(1, (len(key) // rows, -1)).flatten(0, 1).float()
-        lost = (changes * along).sum((2, 3, 4), dtype=torch.float64).unflatten(1, (rows, -1))
-        self.lost[:, :, layer] = lost.transpose(0, 1).cpu()
+        rows, kv_heads, keys = attention.key.shape[:3]
+        # Rows of the batch count as KV heads. All have read the same context.
+        selected = self.selection.selected[attention.layer]
+        selected = pad(selected, (0, keys - selected.shape[-1])).repeat(1, rows, 1)
+        along = changes_along(
+            gradient.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(0, 1),
+            attention.query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
+            attention.key.flatten(0, 1),
+            attention.value.flatten(0, 1),
+            [],
+            self.selection.sinks,
+            attention.scaling,
+            attention.sliding_window,
+            self.selection.options,
+            selected,
+        )
+        lost = along.sum(-1, dtype=torch.float64).unflatten(1, (rows, kv_heads))
+        self.lost[:, :, attention.layer] = lost.transpose(0, 1).cpu()
 
 
 def fact_prices(
@@ -199,7 +192,7 @@ def fact_prices(
         gated = GateHook(window, places, *shape, selection)
         with attention_hook(model, gated), torch.enable_grad():
             logits = model(tokens, past_key_values=past, use_cache=True).logits[:, -len(answer) - 1 : -1].float()
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, -len(answer) :], reduction="sum")
+            loss = cross_entropy(logits.transpose(1, 2), tokens[:, -len(answer) :], reduction="sum")
             (loss / len(answer)).backward()
         past.crop(-tokens.shape[1])
         for layer in past.layers:  # detach from this question's graph

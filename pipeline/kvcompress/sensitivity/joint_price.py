@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.models.load import input_device
 from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
+from kvcompress.sensitivity.window_outputs import moved_output
 
 
 class HalfwayHook:
@@ -23,28 +24,20 @@ class HalfwayHook:
         self.gates = torch.full((layers, kv_heads), 0.5, requires_grad=True)
 
     def __call__(self, attention: LayerAttention) -> Tensor:
-        query, key, output = attention.query, attention.key, attention.output
-        length, group = query.shape[2], query.shape[1] // key.shape[1]
-        place = torch.arange(length, device=query.device)
-        distance = place[:, None] - place
-        kept = (distance >= 0) & ((distance < self.window) | (place < self.sinks))
-        if attention.sliding_window is not None:
-            kept &= distance < attention.sliding_window
-        windowed = torch.nn.functional.scaled_dot_product_attention(
-            query, key, attention.value, attn_mask=kept, scale=attention.scaling, enable_gqa=group > 1
-        ).transpose(1, 2)
-        gate = self.gates[attention.layer].to(output.device).repeat_interleave(group)[None, None, :, None]
-        return output + gate.to(output.dtype) * (windowed - output)
+        return moved_output(attention, self.window, self.sinks, self.gates[attention.layer][None])
 
 
-def joint_prices(model: PreTrainedModel, tokens: Tensor, window: int, sinks: int, shape: tuple[int, int]) -> Tensor:
-    """Every head's part of one document's divergence, nats summed over tokens, float64 `[layer, kv_head]`."""
-    ids = tokens[None].to(input_device(model))
-    with torch.no_grad():
-        full = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+def joint_prices(
+    model: PreTrainedModel, tokens: Tensor, full: Tensor, window: int, sinks: int, shape: tuple[int, int]
+) -> Tensor:
+    """Every head's part of one document's divergence, nats summed over tokens, float64 `[layer, kv_head]`.
+
+    full: probabilities of the model with the full cache, `[token, vocabulary]`. shape: layers and KV heads.
+    """
     halfway = HalfwayHook(window, sinks, *shape)
     with attention_hook(model, halfway), torch.enable_grad():
-        moved = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
-        torch.nn.functional.kl_div(moved, full, reduction="sum", log_target=True).backward()
+        logits = model(tokens[None].to(input_device(model)), use_cache=False).logits[0]
+        moved = logits.detach().float().softmax(-1)
+        logits.backward(moved.sub_(full).to(logits.dtype))  # gradient of KL(full || moved)
     assert halfway.gates.grad is not None
     return halfway.gates.grad.double()

@@ -9,17 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcompress.collect.observer import require_observable
 from kvcompress.core.errors import InputError
 from kvcompress.models import distributed
+from kvcompress.models.rotary import Rotation
 from kvcompress.models.tensor_parallel import gather_heads, shard_of
 from kvcompress.sensitivity.fact_price import calibration_facts, fact_prices
 from kvcompress.sensitivity.joint_price import joint_prices
 from kvcompress.sensitivity.params import SensitivityParams
-from kvcompress.sensitivity.prices import Sensitivity
+from kvcompress.sensitivity.prices import SelectOption, Sensitivity
 from kvcompress.sensitivity.selection_outputs import select_options
 from kvcompress.sensitivity.text_price import text_prices
 from kvcompress.texts.corpora import documents_of_all
@@ -40,7 +42,7 @@ def measure_sensitivity(
     """
     settings = params or SensitivityParams()
     observed = require_observable(model)
-    shape, length = (observed.num_layers, observed.num_key_value_heads), settings.max_tokens
+    length = settings.max_tokens
     if length > observed.max_context:
         raise InputError(f"sensitivity.max_tokens is {length}, but the model's context ends at {observed.max_context}")
     windows = [window for window in settings.windows if window + settings.sinks < length]
@@ -51,35 +53,38 @@ def measure_sensitivity(
             f" {length} tokens"
         )
     documents = documents_of_all(tokenizer, texts, length, settings.documents_per_text)
-    batch = [tokens for found in documents.values() for tokens in found]
-    joint_batch = [tokens for found in documents.values() for tokens in found[: settings.joint_documents]]
     fact_length = min(settings.fact_tokens, length - 2 * settings.facts_per_context)
     contexts = calibration_facts(tokenizer, texts, fact_length, settings)
     sinks, far = settings.sinks, min(settings.far, windows[-1])
     options, rotation = select_options(model.config, settings, length)
     shard = shard_of(model.config)
     own = (observed.num_layers, observed.num_key_value_heads // shard.count)
-    jobs: list[Callable[[], Tensor]] = [
-        partial(text_prices, model, tokens, windows, sinks, own, settings.seed, options, rotation) for tokens in batch
-    ]
-    jobs += [
-        partial(joint_prices, model, tokens, window, sinks, own) for tokens in joint_batch for window in joint_windows
-    ]
-    jobs += [
-        partial(fact_prices, model, context, questions, far, sinks, own, settings.nodes, options, rotation)
-        for context, questions in contexts
-    ]
-    found = [gather_heads(prices, -1, model.config).numpy() for prices in results(jobs, progress)]
-    text, rest = np.asarray(sum(found[: len(batch)])), found[len(batch) :]
-    joint, facts = rest[: -len(contexts)], np.concatenate(rest[-len(contexts) :])
+    jobs: list[Callable[[], Tensor]] = []
+    costs = []
+    for tokens_of_text in documents.values():
+        for i, tokens in enumerate(tokens_of_text):
+            together = joint_windows if i < settings.joint_documents else []
+            jobs.append(
+                partial(document_prices, model, tokens, windows, together, sinks, own, settings.seed, options, rotation)
+            )
+            costs.append(3 + 2 * len(together))
+    batch = len(jobs)
+    for context, questions in contexts:
+        jobs.append(partial(fact_prices, model, context, questions, far, sinks, own, settings.nodes, options, rotation))
+        costs.append(1)
+    found = [gather_heads(prices, -1, model.config).numpy() for prices in results(jobs, costs, progress)]
+    kinds = len(windows) + len(options)
+    text = np.asarray(sum(prices[:kinds] for prices in found[:batch]))
+    joint = [prices[kinds:] for prices in found[:batch] if len(prices) > kinds]
+    facts = np.concatenate(found[batch:])
     return Sensitivity(
         windows,
         sinks,
         length,
-        sum(map(len, batch)),
-        sum(map(len, joint_batch)),
+        length * batch,
+        length * len(joint),
         text[: len(windows)],
-        np.stack(joint).reshape(len(joint_batch), len(joint_windows), *shape).sum(0),
+        np.asarray(sum(joint)),
         facts[:, 0],
         {"texts": sorted(texts), "num_attention_heads": observed.num_attention_heads},
         options,
@@ -88,12 +93,29 @@ def measure_sensitivity(
     )
 
 
-def results(jobs: Sequence[Callable[[], Tensor]], progress: bool) -> list[Tensor]:
-    """Results of all jobs in order. Processes that share the work take jobs in turn: neighbours cost the same."""
-    own = distributed.mine([1.0] * len(jobs))
-    with distributed.progress(len(own), "price of heads", "pass", progress) as bar:
+def document_prices(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    windows: Sequence[int],
+    joint_windows: Sequence[int],
+    sinks: int,
+    shape: tuple[int, int],
+    seed: int,
+    options: Sequence[SelectOption],
+    rotation: Rotation | None,
+) -> Tensor:
+    """Sums over one document's tokens, nats, float64 `[window, option or joint window, layer, kv_head]`, in this order."""
+    text, full = text_prices(model, tokens, windows, sinks, shape, seed, options, rotation)
+    joint = [joint_prices(model, tokens, full, window, sinks, shape)[None] for window in joint_windows]
+    return torch.cat((text, *joint))
+
+
+def results(jobs: Sequence[Callable[[], Tensor]], costs: Sequence[int], progress: bool) -> list[Tensor]:
+    """Results of all jobs in order. Processes share the jobs by their costs, in passes over a context."""
+    own = distributed.mine(costs)
+    with distributed.progress(sum(costs[i] for i in own), "price of heads", "pass", progress) as bar:
         found: dict[int, Tensor] = {}
         for i in own:
             found[i] = jobs[i]()
-            bar.update()
+            bar.update(costs[i])
     return distributed.in_order(found, len(jobs))

@@ -1,19 +1,26 @@
 """Change of a head's attention output when its slots hold a window, or a window and keys that a score selected.
 
-The output over fewer keys is the same softmax rescaled (`window_outputs`): the sums over selected keys are added to those
-over sinks and window. Keys are selected by the rule of the cache (`kvcompress.scores.selection_rule`) with three
-differences. Every selection is among all older keys, while a cache cannot take back an evicted key. Scores see all
-queries so far, while a cache sees the last few once the prompt is read. One ranking serves all sizes, so scores that
-compare keys with each other also see the keys of the window.
+With p the attention weights over the whole past, the output over a set S of keys is sum_{k in S} p_k v_k / sum_{k in S} p_k:
+softmax over fewer keys is the same softmax, rescaled. Only the change along a gradient g is needed,
+
+    g . change = sum_{k in S} p_k (g . v_k) / sum_{k in S} p_k  -  sum_k p_k (g . v_k)
+
+so every set costs two sums of numbers instead of a sum of vectors. Windows are nested: keys are added ring by ring from the
+nearest outwards, and every window costs only its own ring.
+
+Keys are selected by the rule of the cache (`kvcompress.scores.selection_rule`) with three differences. Every selection is
+among all older keys, while a cache cannot take back an evicted key. Scores see all queries so far, while a cache sees the
+last few once the prompt is read. One ranking serves all sizes, so scores that compare keys with each other also see the
+keys of the window.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress.collect.observer import hide
 from kvcompress.core.errors import UnsupportedModelError
 from kvcompress.models.architecture import Architecture
 from kvcompress.models.rotary import Rotation
@@ -22,9 +29,9 @@ from kvcompress.scores.registry import make_score
 from kvcompress.scores.topk import best
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.prices import SelectOption
-from kvcompress.sensitivity.window_outputs import Sums, change, mixed, past_weights, window_sums
 
 STEP = 64  # tokens between two selections; windows are no shorter
+TINY = torch.finfo(torch.float32).tiny
 
 
 def select_options(config: Any, settings: SensitivityParams, length: int) -> tuple[list[SelectOption], Rotation | None]:
@@ -49,20 +56,6 @@ def select_options(config: Any, settings: SensitivityParams, length: int) -> tup
     return [one for one in found if one.window >= STEP and one.size + settings.sinks < length], rotation
 
 
-@dataclass(frozen=True)
-class SelectedKeys:
-    """Keys that one option selected at several moments: `slots` int64 `[kv_head, moment, k]`, `valid` false in unused
-    entries."""
-
-    slots: Tensor
-    valid: Tensor
-
-    def serving(self, start: int, stop: int) -> "SelectedKeys":
-        """Moments that serve the queries `start` (a multiple of STEP) to `stop`."""
-        moments = slice(start // STEP, -(-stop // STEP))
-        return SelectedKeys(self.slots[:, moments], self.valid[:, moments])
-
-
 def selected_keys(
     moments: Sequence[int],
     options: Sequence[SelectOption],
@@ -72,17 +65,14 @@ def selected_keys(
     sinks: int,
     scaling: float,
     rotation: Rotation | None,
-) -> list[SelectedKeys]:
-    """Keys that every option selects after each number of tokens in `moments`.
+) -> Tensor:
+    """Keys that every option selects after each number of tokens in `moments`, bool `[option, kv_head, moment, key]`.
 
     query: `[query_head, token, head_dim]`; key, value: `[kv_head, token, dim]`. Candidates are the keys that have left the
     window or leave it within the next STEP tokens. Scores know the queries up to the moment.
     """
-    slots = [torch.zeros(len(key), len(moments), option.selected, dtype=torch.int64) for option in options]
-    found = [SelectedKeys(each.to(key.device), each.bool().to(key.device)) for each in slots]
+    found = torch.zeros(len(options), len(key), len(moments), key.shape[1], dtype=torch.bool, device=key.device)
     for moment, seen in enumerate(moments):
-        if not seen:
-            continue
         at = torch.arange(seen, device=key.device)
         held = ScoreInputs(
             key[None, :, :seen],
@@ -95,35 +85,21 @@ def selected_keys(
             stays=(at < sinks)[None, None],
             in_order=True,
         )
-        ranked = {name: make_score(name)(held) for name in dict.fromkeys(option.score for option in options)}
-        for option, selected in zip(options, found, strict=True):
-            older = (at >= sinks) & (at < seen - option.window + STEP)
-            scores, count = ranked[option.score].masked_fill(~older, -float("inf")), min(option.selected, seen)
-            taken = best(scores, count)
-            selected.slots[:, moment, :count] = taken[0]
-            selected.valid[:, moment, :count] = (scores.gather(-1, taken) > -float("inf"))[0]
+        ranked: dict[str, Tensor] = {}
+        for option, selected in zip(options, found[:, :, moment], strict=True):
+            candidates = range(seen)[sinks : max(seen - option.window + STEP, 0)]
+            if len(candidates) <= option.selected:
+                selected[:, candidates.start : candidates.stop] = True
+                continue
+            if option.score not in ranked:
+                ranked[option.score] = make_score(option.score)(held)[0]
+            scores = ranked[option.score][:, candidates.start : candidates.stop]
+            selected.scatter_(1, best(scores, option.selected) + candidates.start, True)
     return found
 
 
-def selected_sums(weights: Tensor, value: Tensor, selected: SelectedKeys, window: int, step: int) -> Sums:
-    """Sums over the selected keys that have left the window.
-
-    weights: `[kv_head, group, query, key]`, the last queries of the text; value: `[kv_head, key, value_dim]`. Moment i
-    serves the i-th `step` queries.
-    """
-    group, length, keys = weights.shape[1:]
-    moments = selected.slots.shape[1]
-    rows = torch.nn.functional.pad(weights, (0, 0, 0, moments * step - length)).unflatten(2, (moments, step))
-    parts = rows.gather(-1, selected.slots[:, None, :, None].expand(-1, group, -1, step, -1))
-    position = (keys - length + torch.arange(moments * step, device=weights.device)).view(moments, step, 1)
-    left = (selected.slots[:, :, None] <= position - window) & selected.valid[:, :, None]
-    parts = parts * left[:, None]  # [kv_head, group, moment, step, k]
-    values = value.gather(1, selected.slots.flatten(1)[..., None].expand(-1, -1, value.shape[2]))
-    values = values.unflatten(1, (moments, -1))[:, None]  # [kv_head, 1, moment, k, value_dim]
-    return (parts @ values).flatten(2, 3)[:, :, :length], parts.sum(-1).flatten(2, 3)[:, :, :length]
-
-
-def output_changes(
+def changes_along(
+    gradient: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -132,22 +108,52 @@ def output_changes(
     scaling: float,
     sliding_window: int | None = None,
     options: Sequence[SelectOption] = (),
-    selected: Sequence[SelectedKeys] = (),
-    step: int = STEP,
-) -> tuple[Tensor, Tensor]:
-    """Changes `[window or option, kv_head, group, query, value_dim]` and full output without the first axis, float32.
+    selected: Tensor | None = None,
+) -> Tensor:
+    """Change of a KV head's outputs along a gradient, float32 `[window or option, kv_head, query]`.
 
-    query: `[kv_head, group, query, head_dim]`, the last queries of the text; key, value: `[kv_head, key, dim]`, the whole
-    text. A change is the output over fewer keys minus the full output. Windows ascend and come before options;
-    `selected` are each option's keys, one moment for every `step` queries.
+    A change is the output over fewer keys minus the full output, summed over the query heads of the KV head. Windows come
+    before options.
+
+    gradient: `[kv_head, group, query, value_dim]`, with respect to the output. query: `[kv_head, group, query, head_dim]`, the
+    last queries of the text. key, value: `[kv_head, key, dim]`, the whole text. selected: keys of each option, bool
+    `[option, kv_head, key]`; they count for a query once they have left its window.
     """
-    weights, value = past_weights(query, key, scaling, sliding_window), value.float()
-    full = mixed(weights, value)
-    every = sorted({*windows, *(option.window for option in options)})
-    near = dict(zip(every, window_sums(weights, value, every, sinks), strict=True))
-    found = [change(near[window], full) for window in windows]
-    for option, keys in zip(options, selected, strict=True):
-        kept, mass = near[option.window]
-        more, more_mass = selected_sums(weights, value, keys, option.window, step)
-        found.append(change((kept + more, mass + more_mass), full))
-    return torch.stack(found), full
+    kv_heads, group, length, _ = query.shape
+    keys = key.shape[1]
+    scores = torch.bmm(query.float().flatten(1, 2) * scaling, key.float().mT)
+    hide(scores.view(kv_heads * group, length, keys), keys - length, sliding_window)
+    # [kv_head, weight or product, group, query, key], after as many columns of zeros as align all queries by distance
+    terms = scores.new_empty(kv_heads, 2, group, length, length - 1 + keys)
+    terms[..., : length - 1] = 0
+    rows = terms[..., length - 1 :]
+    weights, products = rows.unbind(1)
+    weights.copy_(scores.softmax(-1).view_as(weights))
+    torch.mul(weights, torch.bmm(gradient.float().flatten(1, 2), value.float().mT).view_as(weights), out=products)
+    full, kept = products.sum(-1), rows[..., :sinks].sum(-1)
+    rows[..., :sinks] = 0
+    # Column c of `aligned` holds the keys at distance keys - 1 - c of every query.
+    aligned = terms.as_strided((*terms.shape[:-1], keys), (*terms.stride()[:3], terms.stride(3) + 1, 1))
+    found = torch.empty(len(windows) + len(options), kv_heads, length, device=query.device)
+    inner = 0
+    for window in sorted({*windows, *(option.window for option in options)}):
+        outer = min(window, keys)
+        ring = aligned[..., keys - outer : keys - inner]
+        kept, inner = kept + ring.sum(-1), outer
+        if window in windows:
+            found[windows.index(window)] = change(kept, full)
+        ring.zero_()
+        of = [i for i, option in enumerate(options) if option.window == window]
+        if of and selected is not None:
+            older = keys - outer  # all later keys are in the window of every query
+            columns = selected[of, :, :older].permute(1, 2, 0).to(terms.dtype)  # [kv_head, key, option]
+            more = torch.bmm(rows.flatten(1, 3)[..., :older], columns).unflatten(1, (2, group, length))
+            for i, option_sums in zip(of, more.unbind(-1), strict=True):
+                found[len(windows) + i] = change(kept + option_sums, full)
+    return found
+
+
+def change(sums: Tensor, full: Tensor) -> Tensor:
+    """Change along the gradient from sums of weights and products over the keys that are left, summed over the group."""
+    weights, products = sums.unbind(1)
+    return (products / weights.clamp_min(TINY) - full).sum(1)

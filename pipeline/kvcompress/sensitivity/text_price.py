@@ -11,19 +11,19 @@ diagonal of F over tokens,
 forward and one backward pass: a layer's changes are computed when its gradient arrives, and then discarded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from kvcompress.collect.observer import block_size
 from kvcompress.models.load import input_device
 from kvcompress.models.rotary import Rotation
 from kvcompress.sensitivity.attention_hook import LayerAttention, attention_hook
 from kvcompress.sensitivity.prices import SelectOption
-from kvcompress.sensitivity.selection_outputs import STEP, output_changes, selected_keys
+from kvcompress.sensitivity.selection_outputs import STEP, changes_along, selected_keys
 
 
 @dataclass
@@ -40,49 +40,39 @@ class FisherHook:
         output = attention.output
         if not output.requires_grad:  # the first layer: weights require no gradient, so the graph begins here
             output = output.detach().requires_grad_()
-        text = attention.query[0].detach(), attention.key[0].detach(), attention.value[0].detach()
-        layer, scaling, sliding_window = attention.layer, attention.scaling, attention.sliding_window
-        output.register_hook(lambda gradient: self.add(layer, *text, gradient[0], scaling, sliding_window))
+        text = attention.detached()
+        output.register_hook(lambda gradient: self.add(text, gradient))
         return output
 
     @torch.no_grad()
-    def add(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gradient: Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> None:
-        """Add a layer's sums; gradient `[token, query_head, value_dim]`."""
-        heads, length, _ = query.shape
-        kv_heads = key.shape[0]
+    def add(self, attention: LayerAttention, gradient: Tensor) -> None:
+        """Add a layer's sums; gradient `[1, token, query_head, value_dim]`."""
+        query, key, value = attention.query[0], attention.key[0], attention.value[0]
+        length = query.shape[1]
         moments = range(0, length, STEP)
-        selected = selected_keys(moments, self.options, query, key, value, self.sinks, scaling, self.rotation)
-        query = query.unflatten(0, (kv_heads, -1))
-        gradient = gradient.transpose(0, 1).unflatten(0, (kv_heads, -1)).float()
-        total = torch.zeros(len(self.fisher), kv_heads, dtype=torch.float64, device=query.device)
-        for start, stop in blocks(length, heads, query.device, bool(self.options)):
-            block = query[:, :, start:stop], key[:, :stop], value[:, :stop]
-            serving = [keys.serving(start, stop) for keys in selected]
-            changes, _ = output_changes(
-                *block, self.windows, self.sinks, scaling, sliding_window, self.options, serving
+        selected = selected_keys(moments, self.options, query, key, value, self.sinks, attention.scaling, self.rotation)
+        # Whole steps: queries after the end have no gradient.
+        more = -length % STEP
+        query, key, value, gradient = (
+            pad(tensor, (0, 0, 0, more)) for tensor in (query, key, value, gradient[0].transpose(0, 1))
+        )
+        query, gradient = (tensor.unflatten(0, (len(key), -1)) for tensor in (query, gradient))
+        selected = pad(selected, (0, more))
+        for moment, start in enumerate(moments):
+            stop = start + STEP
+            along = changes_along(
+                gradient[:, :, start:stop],
+                query[:, :, start:stop],
+                key[:, :stop],
+                value[:, :stop],
+                self.windows,
+                self.sinks,
+                attention.scaling,
+                attention.sliding_window,
+                self.options,
+                selected[:, :, moment, :stop],
             )
-            along = (changes * gradient[:, :, start:stop]).sum((2, 4))  # [window or option, kv_head, query]
-            total += 0.5 * along.square().sum(-1, dtype=torch.float64)
-        self.fisher[:, layer] += total.cpu()
-
-
-def blocks(length: int, heads: int, device: torch.device, whole_steps: bool) -> Iterator[tuple[int, int]]:
-    """Queries that are processed together, from `start` to `stop`; with `whole_steps`, `start` is a multiple of STEP."""
-    start = 0
-    while start < length:
-        size = block_size(heads, start, device)
-        stop = min(start + (max(size // STEP, 1) * STEP if whole_steps else size), length)
-        yield start, stop
-        start = stop
+            self.fisher[:, attention.layer] += 0.5 * along.square().sum(-1, dtype=torch.float64).cpu()
 
 
 def text_prices(
@@ -94,15 +84,18 @@ def text_prices(
     seed: int,
     options: Sequence[SelectOption] = (),
     rotation: Rotation | None = None,
-) -> Tensor:
-    """Sums over one document's tokens, nats, float64 `[window or option, layer, kv_head]`.
+) -> tuple[Tensor, Tensor]:
+    """Sums over one document's tokens, nats, float64 `[window or option, layer, kv_head]`, and the model's probabilities.
 
-    shape: layers and KV heads. rotation: the model's, for scores of `options` that look at vectors before rotation.
+    Probabilities are `[token, vocabulary]`. shape: layers and KV heads. rotation: the model's, for scores of `options` that
+    look at vectors before rotation.
     """
     fisher = torch.zeros(len(windows) + len(options), *shape, dtype=torch.float64)
     with attention_hook(model, FisherHook(fisher, windows, sinks, options, rotation)), torch.enable_grad():
-        logits = model(tokens[None].to(input_device(model)), use_cache=False).logits[0].float()
-        generator = torch.Generator(device=logits.device).manual_seed(seed)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    return fisher
+        logits = model(tokens[None].to(input_device(model)), use_cache=False).logits[0]
+        full = logits.detach().float().softmax(-1)
+        generator = torch.Generator(device=full.device).manual_seed(seed)
+        drawn = torch.multinomial(full, 1, generator=generator)
+        gradient = full.scatter_add(1, drawn, torch.full_like(drawn, -1, dtype=full.dtype))  # of the cross-entropy
+        logits.backward(gradient.to(logits.dtype))
+    return fisher, full

@@ -1,58 +1,56 @@
-"""Attention output over sinks and a window instead of all keys, for many windows at once.
-
-With p the attention weights over the whole past and S_w the keys of window w (its last w keys and the sinks), the output
-over S_w is sum_{k in S_w} p_k v_k / sum_{k in S_w} p_k: softmax over fewer keys is the same softmax, rescaled. The sets
-are nested. Keys are added ring by ring from the nearest outwards, so every window costs only its own ring.
-"""
-
-from collections.abc import Sequence
+"""Attention output over sinks and a window instead of all keys, and outputs between full and windowed ones."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress.collect.observer import hide
+from kvcompress.sensitivity.attention_hook import LayerAttention
 
-TINY = torch.finfo(torch.float32).tiny
-
-Sums = tuple[Tensor, Tensor]  # over the same keys: sum of p_k v_k `[kv_head, group, query, value_dim]`, sum of p_k
+BLOCK = 128  # queries that attend together; each block reads its own sinks and window only
 
 
-def past_weights(query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None) -> Tensor:
-    """Attention weights of the last queries of a text on all its keys, float32 `[kv_head, group, query, key]`.
+def windowed_output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    scaling: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention over the first `sinks` and last `window` keys, `[batch, query_head, query, value_dim]`; differentiable.
 
-    query: `[kv_head, group, query, head_dim]`; key: `[kv_head, key, head_dim]`.
+    query: `[batch, query_head, query, head_dim]`, the last queries of the text. key, value: `[batch, kv_head, key, dim]`, the
+    whole text. sliding_window: the model's own.
     """
-    kv_heads, group, length, _ = query.shape
-    keys = key.shape[1]
-    scores = torch.bmm(query.float().flatten(1, 2) * scaling, key.float().transpose(1, 2))
-    hide(scores.view(kv_heads * group, length, keys), keys - length, sliding_window)
-    return torch.softmax(scores, -1).view(kv_heads, group, length, keys)
+    keys, first = key.shape[2], key.shape[2] - query.shape[2]
+    place = torch.arange(keys, device=query.device)
+    found = []
+    for start in range(first, keys, BLOCK):
+        stop, low = min(start + BLOCK, keys), max(sinks, start - window + 1)
+        near = torch.cat((place[:sinks], place[low:stop]))
+        distance = place[start:stop, None] - near
+        seen = (distance >= 0) & ((distance < window) | (near < sinks))
+        if sliding_window is not None:
+            seen &= distance < sliding_window
+        block = [torch.cat((tensor[:, :, :sinks], tensor[:, :, low:stop]), 2) for tensor in (key, value)]
+        rows = query[:, :, start - first : stop - first]
+        grouped = query.shape[1] > key.shape[1]
+        found.append(scaled_dot_product_attention(rows, *block, attn_mask=seen, scale=scaling, enable_gqa=grouped))
+    return torch.cat(found, 2)
 
 
-def window_sums(weights: Tensor, value: Tensor, windows: Sequence[int], sinks: int) -> list[Sums]:
-    """Sums over sinks and window, for every window in ascending order."""
-    length, keys = weights.shape[2:]
-    first = keys - length
-    kept, mass = mixed(weights[..., :sinks], value[:, :sinks]), weights[..., :sinks].sum(-1)
-    position = torch.arange(first, keys, device=weights.device)
-    found, inner = [], 0
-    for outer in windows:
-        low, high = max(sinks, first - outer + 1), keys - inner  # keys at distances inner ... outer - 1 of any query
-        if low < high:
-            distance = position[:, None] - torch.arange(low, high, device=weights.device)
-            ring = weights[..., low:high] * ((distance >= inner) & (distance < outer))
-            kept = kept + mixed(ring, value[:, low:high])
-            mass = mass + ring.sum(-1)
-        found.append((kept, mass))
-        inner = outer
-    return found
+def moved_output(attention: LayerAttention, window: int, sinks: int, gates: Tensor) -> Tensor:
+    """Output moved from full (gate 0) to windowed (gate 1), `[batch, token, query_head, value_dim]`.
 
-
-def change(sums: Sums, full: Tensor) -> Tensor:
-    """Output over the keys of `sums` minus the full output."""
-    return sums[0] / sums[1].clamp_min(TINY)[..., None] - full
-
-
-def mixed(weights: Tensor, value: Tensor) -> Tensor:
-    """Weights `[kv_head, group, query, key]` times values `[kv_head, key, dim]`: `[kv_head, group, query, dim]`."""
-    return torch.bmm(weights.flatten(1, 2), value).unflatten(1, weights.shape[1:3])
+    gates: `[batch or 1, kv_head]`.
+    """
+    output, group = attention.output, attention.query.shape[1] // attention.key.shape[1]
+    text = attention.query.float(), attention.key.float(), attention.value.float()
+    settings = sinks, attention.scaling, attention.sliding_window
+    # Below float32 the rounding of the output would exceed small changes.
+    exact = output.dtype == torch.float32
+    full = output.transpose(1, 2) if exact else windowed_output(*text, attention.key.shape[2], *settings)
+    change = windowed_output(*text, window, *settings) - full
+    gates = gates.to(output.device).repeat_interleave(group, 1)[:, :, None, None]
+    return output + (gates * change).transpose(1, 2).to(output.dtype)
