@@ -55,7 +55,7 @@ def test_flags_that_do_not_go_together(folder: Path) -> None:
 def test_commands_of_several_processes_need_a_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("generate", "benchmark"):
-        with pytest.raises(InputError, match="each would do all of this: start one, or run the stages"):
+        with pytest.raises(InputError, match="torchrun started several: start it without torchrun"):
             app([name, str(folder), *(["What?"] if name == "generate" else [])], standalone_mode=False)
 
 

@@ -33,10 +33,14 @@ def windowed_output(
         seen = (distance >= 0) & ((distance < window) | (near < sinks))
         if sliding_window is not None:
             seen &= distance < sliding_window
-        block = [torch.cat((tensor[:, :, :sinks], tensor[:, :, low:stop]), 2) for tensor in (key, value)]
+        keys_near, values_near = (torch.cat((one[:, :, :sinks], one[:, :, low:stop]), 2) for one in (key, value))
         rows = query[:, :, start - first : stop - first]
         grouped = query.shape[1] > key.shape[1]
-        found.append(scaled_dot_product_attention(rows, *block, attn_mask=seen, scale=scaling, enable_gqa=grouped))
+        found.append(
+            scaled_dot_product_attention(
+                rows, keys_near, values_near, attn_mask=seen, scale=scaling, enable_gqa=grouped
+            )
+        )
     return torch.cat(found, 2)
 
 
