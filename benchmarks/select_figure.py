@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, read_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.reporting.style import look
+from kvcompress.reporting.method_style import look
 
 
 def judged(result: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def plot_analysis(folder: Path, params: Path, data: Path, classes_path: Path, dp
 
 def plot_comparison(folder: Path, name: str, results: Sequence[dict[str, Any]], dpi: int) -> None:
     """Write report, metrics, plot data and figures of an ablation or of a comparison of plans."""
-    from kvcompress.core.figure_style import save_png
+    from kvcompress.core.matplotlib_setup import save_png
     from kvcompress.reporting.comparison import all_rows, metrics, pareto_data, report, retrieval_data
     from kvcompress.reporting.figures import comparison_figures
 
@@ -93,7 +93,7 @@ def plot_comparison(folder: Path, name: str, results: Sequence[dict[str, Any]], 
 
 def plot_benchmark(folder: Path, results: Sequence[dict[str, Any]], dpi: int) -> None:
     """Write report, metrics, plot data and figures of a benchmark."""
-    from kvcompress.core.figure_style import save_png
+    from kvcompress.core.matplotlib_setup import save_png
     from kvcompress.reporting.benchmark import growth_data, method_data, metrics, report
     from kvcompress.reporting.figures import growth_figure
 

@@ -17,7 +17,7 @@ from kvcompress.core.errors import InputError, UnsupportedModelError
 from kvcompress.core.head_classes import HeadType
 from kvcompress.core.head_statistics import HeadStatistics
 from kvcompress.models.architecture import Architecture
-from tests.reference.slow_reference import attention_maps, slow_statistics
+from tests.reference.slow_statistics import attention_maps, slow_statistics
 from tests.tiny import VOCABULARY, tiny_model
 
 MEASURE = StatisticsParams(sink_size=3, local_window=9, recent_ratio=0.17)

@@ -28,7 +28,7 @@ from kvcompress.scores.registry import SCORES
 from kvcompress.scores.selection_rule import SelectionRule, kept_query_slots
 from kvcompress.texts.retrieval_tasks import TASKS, make_cases
 from tests.reference.oracle import judged
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 from tests.tiny import prose, tiny_model, tiny_tokenizer
 
 CONTEXT, LENGTH = 64, 96

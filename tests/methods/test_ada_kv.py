@@ -17,7 +17,7 @@ from kvcompress.scores.snapkv import SnapKV
 from tests.cache.cache_tools import feed, model_of, padded, tokens
 from tests.cache.select.select_tools import CHOOSING, replayed, uniform
 from tests.cache.test_bytes import head_size, tensors_alive_in
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 
 LENGTH, PROMPT = 60, 44
 SIZES = {"slots": 14, "sinks": 2, "window": 5, "selection_rule": CHOOSING}

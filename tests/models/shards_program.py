@@ -44,7 +44,7 @@ from kvcompress.sensitivity.measure import measure_sensitivity
 from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.texts.retrieval_tasks import make_cases
 from tests.reference.oracle import judged
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 from tests.tiny import COMMON, prose, tiny_tokenizer
 
 WIDE = COMMON | {"hidden_size": 64, "num_attention_heads": 8, "head_dim": 8}

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.cache.select.types import SelectionRecord, SelectionRecords
+from kvcompress.cache.select.records import SelectionRecord, SelectionRecords
 from kvcompress.core.errors import CacheUseError, InputError
 from kvcompress.core.retention import Retention
 from kvcompress.models.attention_interface import replaced_attention
 from kvcompress.models.tensor_parallel import shard_of
-from tests.reference.recorded import of_head
+from tests.reference.recorded_selections import of_head
 
 NAME = "kvcompress_oracle"
 

@@ -16,7 +16,7 @@ from kvcompress.sensitivity.params import SensitivityParams
 from kvcompress.sensitivity.prices import SelectOption
 from kvcompress.sensitivity.selection_outputs import STEP, changes_along, select_options, selected_keys
 from kvcompress.sensitivity.text_price import text_prices
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 from tests.tiny import tiny_model
 
 SINKS, LENGTH = 2, 300

@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 from kvcompress.analysis.params import ThresholdParams
 from kvcompress.core.artifacts import write_json
-from kvcompress.core.figure_style import INK, SETTINGS, SOFT, save_png, set_title
 from kvcompress.core.head_classes import CLASS_LABELS, CLASS_STYLE, HeadClassification, HeadType, ModelInfo
 from kvcompress.core.head_statistics import TAIL_EDGES, HeadStatistics
+from kvcompress.core.matplotlib_setup import INK, SETTINGS, SOFT, save_png, set_title
 
 REGION_COLOURS = {"sink": "#0072B2", "local": "#E69F00", "global": "#BBBBBB"}
 

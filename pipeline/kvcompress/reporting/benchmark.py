@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvcompress.reporting.style import FULL
+from kvcompress.reporting.method_style import FULL
 from kvcompress.reporting.tables import Columns, Row, cells, change, counted, listed, markdown, number
 
 SPEED: Columns = {

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kvcompress.evaluation.intervals import CONFIDENCE
-from kvcompress.reporting.style import FULL, OWN, PUBLISHED, UNIFORM, in_order, key_of, look
+from kvcompress.reporting.method_style import FULL, OWN, PUBLISHED, UNIFORM, in_order, key_of, look
 from kvcompress.reporting.tables import Row, cells, change, counted, listed, markdown, number
 
 STREAMING, CONTINUATION = "streaming", "continuation"

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from kvcompress.core.figure_style import INK, RULE, SETTINGS, SOFT, set_title
+from kvcompress.core.matplotlib_setup import INK, RULE, SETTINGS, SOFT, set_title
 from kvcompress.evaluation.intervals import CONFIDENCE
 from kvcompress.reporting.comparison import (
     CONTINUATION,
@@ -24,7 +24,7 @@ from kvcompress.reporting.comparison import (
     pareto_data,
     title,
 )
-from kvcompress.reporting.style import CACHE_POSITIONS, FULL, STROKES, UNIFORM, WINDOW_ONLY, Look, in_order, look
+from kvcompress.reporting.method_style import CACHE_POSITIONS, FULL, STROKES, UNIFORM, WINDOW_ONLY, Look, in_order, look
 
 styled = matplotlib.rc_context(SETTINGS)
 SHARES = (1, 2, 3.125, 6.25, 12.5, 25, 50, 100)  # ticks, in percent

@@ -44,7 +44,7 @@ from kvcompress.reporting.head_map import (
     side_by_side,
 )
 from kvcompress.reporting.html import Html, details, joined, scroll, table, tag
-from kvcompress.reporting.style import OWN, PUBLISHED, key_of
+from kvcompress.reporting.method_style import OWN, PUBLISHED, key_of
 from kvcompress.reporting.tables import Columns, Row, cells, counted
 
 HERE = Path(__file__).parent

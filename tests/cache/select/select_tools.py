@@ -9,7 +9,7 @@ from kvcompress.models.architecture import Architecture
 from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import LAYERS, feed, inputs_for, real
 from tests.reference.oracle import judged
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 
 CHOOSING = SelectionRule(every=3, observe=7)
 

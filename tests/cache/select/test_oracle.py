@@ -14,7 +14,7 @@ from kvcompress.scores.snapkv import SnapKV
 from tests.cache.cache_tools import feed, model_of, padded, tokens
 from tests.cache.graph_stand_in import stand_in
 from tests.cache.select.select_tools import CHOOSING, furthest, replayed, select_compressor, select_layers
-from tests.reference.recorded import recorded_choices
+from tests.reference.recorded_selections import recorded_choices
 
 LENGTH = 34
 FEEDS = {"one_shot": [LENGTH], "chunks": [17, 9, 1, 8], "token_by_token": [1]}

@@ -17,7 +17,7 @@ from kvcompress.scores.registry import SCORES, make_score
 from kvcompress.scores.selection_rule import SelectionRule
 from tests.cache.cache_tools import LAYERS, feed, model_of, padded, tokens
 from tests.cache.select.select_tools import CHOOSING, select_compressor, select_layers
-from tests.reference.recorded import of_head, recorded_choices
+from tests.reference.recorded_selections import of_head, recorded_choices
 from tests.reference.slow_scores import Slow
 
 BATCH, HEADS, GROUP, SIZE, LENGTH, PROMPT, SCALE = 2, 2, 2, 12, 46, 23, 0.7

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcompress.cache.select.head_group import SelectGroup
 from kvcompress.cache.select.prefill import PromptSelection
-from kvcompress.cache.select.types import SelectionInputs
+from kvcompress.cache.select.records import SelectionInputs
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention
 from kvcompress.scores.topk import ranking

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from kvcompress.cache.padding import Padding
 from kvcompress.cache.select.head_group import SelectGroup
-from kvcompress.cache.select.types import SelectionInputs, SlotState, SlotSwap
+from kvcompress.cache.select.records import SelectionInputs, SlotState, SlotSwap
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.topk import first, ranking
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.cache.head_group import HeadGroup
 from kvcompress.cache.padding import Padding
-from kvcompress.cache.select.types import SelectionInputs, SelectionRecord, SlotState, SlotSwap
+from kvcompress.cache.select.records import SelectionInputs, SelectionRecord, SlotState, SlotSwap
 from kvcompress.cache.storage import Meter, gather_slots, storage_bytes
 from kvcompress.core.errors import CacheUseError
 from kvcompress.core.retention import Retention

@@ -19,7 +19,7 @@ from kvcompress.cache.select.exchange import select, select_due
 from kvcompress.cache.select.head_group import SelectGroup
 from kvcompress.cache.select.prefill import select_in_prompt
 from kvcompress.cache.select.recent_queries import RecentQueries
-from kvcompress.cache.select.types import SelectionInputs, SelectionRecord
+from kvcompress.cache.select.records import SelectionInputs, SelectionRecord
 from kvcompress.cache.storage import storage_bytes
 from kvcompress.core.errors import CacheUseError, UnsupportedModelError
 from kvcompress.core.retention import Retention

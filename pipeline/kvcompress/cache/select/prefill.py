@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompress.cache.select.exchange import select
 from kvcompress.cache.select.head_group import SelectGroup
-from kvcompress.cache.select.types import SelectionInputs
+from kvcompress.cache.select.records import SelectionInputs
 from kvcompress.scores.base import Score
 from kvcompress.scores.inputs import AttentionTotals, ScoreInputs
 from kvcompress.scores.topk import ranking

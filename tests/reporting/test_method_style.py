@@ -1,11 +1,11 @@
 """One look a method: every method has one, no two are alike, and reports use the papers' names."""
 
-from kvcompress.core.figure_style import INK
+from kvcompress.core.matplotlib_setup import INK
 from kvcompress.evaluation.params import METHODS as BENCHMARKED
 from kvcompress.planning.policies import POLICIES
 from kvcompress.reporting.comparison import ceiling, pareto_data, title
 from kvcompress.reporting.figures import family_of, looks
-from kvcompress.reporting.style import METHODS, OWN, in_order, key_of, look
+from kvcompress.reporting.method_style import METHODS, OWN, in_order, key_of, look
 from kvcompress.scores.registry import SCORES
 from tests.reporting.page_files import comparison, row
 

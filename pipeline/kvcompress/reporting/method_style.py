@@ -11,7 +11,7 @@ from colorsys import hsv_to_rgb
 from hashlib import sha256
 from typing import NamedTuple
 
-from kvcompress.core.figure_style import INK
+from kvcompress.core.matplotlib_setup import INK
 
 FULL, UNIFORM, WINDOW_ONLY, CACHE_POSITIONS = "full", "uniform sink + window", "window only", "positions in the cache"
 

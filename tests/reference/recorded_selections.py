@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcompress.cache.ragged_cache import RaggedCache
 from kvcompress.cache.select.layer import SelectLayer
-from kvcompress.cache.select.types import SelectionRecord, SelectionRecords
+from kvcompress.cache.select.records import SelectionRecord, SelectionRecords
 
 
 @contextmanager
