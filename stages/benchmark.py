@@ -34,7 +34,8 @@ def main(
     classifications_path: Annotated[
         Path | None,
         typer.Option(
-            help="Classes for head_aware [default: the plans of benchmark.plans; with all methods also the pipeline's classes]."
+            help="Classes for head_aware [default: the plans of benchmark.plans; with all methods also the "
+            "pipeline's classes]."
         ),
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Retention plan for head_aware; repeatable.")] = None,

@@ -1,6 +1,7 @@
 """Slow tests and the order of test files: the longest first, so that no core is left alone with one of them at the end.
 
-Slow files run the whole pipeline, build the wheel, start a browser or several processes, or interpret kernels. `make test` leaves
+Slow files run the whole pipeline, build the wheel, start a browser or several processes, or interpret kernels. `make
+test` leaves
 them out, `make test-all` runs them.
 """
 

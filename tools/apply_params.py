@@ -1,6 +1,7 @@
 """Write a file of overrides into params.yaml; comments stay. Run: python -m tools.apply_params recipes/params-gpu.yaml
 
-Overrides have the shape of params.yaml and replace numbers, words and whole lists. An entry of a mapping that params.yaml does
+Overrides have the shape of params.yaml and replace numbers, words and whole lists. An entry of a mapping that
+params.yaml does
 not have yet is added (a text of the corpus); an unknown section or field ends with one sentence and writes nothing.
 """
 

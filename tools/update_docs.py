@@ -17,7 +17,17 @@ import typer
 from benchmarks.decode import WINDOW
 from kvcompress.core.artifacts import read_json, read_text, write_text
 from kvcompress.core.errors import InputError, said_in_a_sentence
-from kvcompress.reporting.comparison import by_size, conclusion, facts_cells, leading_cells, origin, plan_table, rows_of
+from kvcompress.evaluation.params import CONTINUATION
+from kvcompress.reporting.comparison import (
+    by_size,
+    conclusion,
+    facts_cells,
+    leading_cells,
+    origin,
+    plan_table,
+    rows_of,
+    title,
+)
 from kvcompress.reporting.tables import change, markdown
 
 Report = Mapping[str, Any]
@@ -76,32 +86,75 @@ def selection(result: Report) -> str:
     return f"{made}\n\n{markdown(header, lines)}"
 
 
+HEADLINE = {  # row of the comparison after an exact prefill, at a quarter of the cache -> name in the README
+    "full cache": "full cache",
+    "uniform = select-25": "sink + window in every head",
+    "uniform = priced-25": "sink + window in every head",
+    "select snapkv 25%": "SnapKV, even budget",
+    "select leverage 25%": "Compactor, even budget",
+    "adaptive snapkv 25%": "Ada-KV with SnapKV",
+    "priced-25": "**`priced`**",
+    "select-25": "**`select`**",
+}
+
+
 def headline(result: Report) -> str:
-    """The full cache, one window for all heads, and plans from prices, at one share of the cache."""
-    settings, rows = result["settings"], {row["family"]: row for row in result["rows"]}
-    full, mine = rows["full"], rows["select"]
-    uniform = next(row for row in result["rows"] if row["name"] == mine["rival"]["name"])
-    shown = {"full cache": full, "`uniform`": uniform, "`priced`": rows["priced"], "`select`": mine}
+    """The project's plans and published methods at a quarter of the cache, after an exact prefill."""
+    rows = {row["name"]: row for row in result["continuation"]}
+    (full, *_), settings = rows.values(), result["settings"]
     tasks = {"passkey": "passkeys", "needle": "facts in prose"}
+    found = (f"{name} of {full['retrieval'][task]['total']}" for task, name in tasks.items())
     lines = [
         (
             name,
-            f"{row['perplexity_gmean']:.2f}",
-            "" if row is full else f"{row['perplexity_gmean'] / full['perplexity_gmean'] - 1:+.1%}",
-            *(str(row["retrieval"][task]["correct"]) for task in tasks),
-            f"{row['mean_share']:.0%}",
+            f"{rows[row]['perplexity_gmean']:.2f}",
+            "" if row == full["name"] else f"{rows[row]['perplexity_gmean'] / full['perplexity_gmean'] - 1:+.1%}",
+            f"{rows[row]['kl']:.3f}",
+            *(str(rows[row]["retrieval"][task]["correct"]) for task in tasks),
+            f"{rows[row]['share']:.1%}",
         )
-        for name, row in shown.items()
+        for row, name in HEADLINE.items()
+        if row in rows
     ]
-    found = (f"{named} of {mine['retrieval'][task]['total']}" for task, named in tasks.items())
-    table = markdown(("cache", "perplexity", "against full", *found, "mean bytes, of the full cache's"), lines)
+    table = markdown(("cache", "perplexity", "against full", "KL to full", *found, "bytes"), lines)
     return (
         f"{table}\n\n"
-        f"Text: a prompt of {settings['context']:,} tokens is read, then compressed once; perplexity is that of the next "
-        f"{settings['continuation']:,} tokens. {_sizes(settings)} Passkeys (a number in monotonous text) and facts in "
-        f"prose hide anywhere in {settings['retrieval_length']:,} tokens, compressed to {settings['shares'][0]:.0%} "
-        f"before the question is known. {_where(result)}."
+        f"{result['model']}, {_where(result)}. {settings['context']:,} tokens are read and compressed, "
+        f"perplexity and KL are those "
+        f"of the next {settings['max_tokens'] - settings['context']:,} ({settings['documents_per_text']} "
+        f"documents of each of "
+        f"{len(result['texts'])} texts). Passkeys (a number in monotonous text) and facts in prose hide anywhere in "
+        f"{settings['retrieval_lengths'][0]:,} tokens."
     )
+
+
+def continuation(result: Report) -> str:
+    """All contenders after an exact prefill, smallest first."""
+    rows, (full, *_) = by_size(result["continuation"]), result["continuation"]
+    header = [
+        "contender",
+        "bytes",
+        "perplexity",
+        "÷ full",
+        "ΔNLL to the full cache",
+        "KL",
+        "same top token",
+        *full["retrieval"],
+    ]
+    lines = [
+        (
+            title(row),
+            f"{row['share']:.1%}",
+            f"{row['perplexity_gmean']:.2f}",
+            f"{row['perplexity_gmean'] / full['perplexity_gmean']:.3f}",
+            change(row["nll_over_full"]),
+            f"{row['kl']:.4f}",
+            f"{row['same_top']:.1%}",
+            *facts_cells(row),
+        )
+        for row in rows
+    ]
+    return f"{origin(result, CONTINUATION)}\n\n{markdown(header, lines)}"
 
 
 def _sizes(settings: Mapping[str, Any]) -> str:
@@ -189,7 +242,10 @@ def choosing(report: Report) -> str:
         rows.append((cost["contender"], f"{cost['prefill_ms']:.0f}", scoring, f"{cost['step_ms']:.2f}", ratio, *sizes))
     if report["like"]:
         models = " and ".join(sorted(set(report["like"].values())))
-        heads = f"Heads take turns at the retentions of plans for {models}; windows have as many slots in all. Keys are selected"
+        heads = (
+            f"Heads take turns at the retentions of plans for {models}; windows have as many slots in "
+            f"all. Keys are selected"
+        )
     else:
         heads = f"Every KV head has {costs[0]['slots']:,} slots, half of them for keys that are selected"
     made = (
@@ -252,8 +308,14 @@ Blocks = Mapping[str, Callable[[Any], str]]
 SELECTIONS = ("selection_more", "selection", "selection_less", "streamed_passkeys", "passkeys_by_price", "early")
 PAGES: dict[str, Blocks] = {
     "README.md": {"headline": headline},
-    "docs/results.md": {"plans_gpu": plans_without_select, "plans": plans, "streaming": plans, "ablation": ablation}
-    | dict.fromkeys((*SELECTIONS, "selection_others", "adaptive"), selection),
+    "docs/results.md": {
+        "continuation": continuation,
+        "plans_gpu": plans_without_select,
+        "plans": plans,
+        "streaming": plans,
+        "ablation": ablation,
+        **dict.fromkeys((*SELECTIONS, "selection_others", "adaptive"), selection),
+    },
     "docs/speed.md": {"kernel": kernel, "steps": steps, "batch": batch, "prefill": prefill}
     | {"choosing": choosing, "choosing_plans": choosing},
     "docs/scaling.md": {"scaling": scaling, "long": long},

@@ -72,7 +72,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Words of the copy's tests that speak of an example, as `pytest -k` takes them, and the files they lie in.
-CHOSEN = "static_baselines or first_only or every_method_once or escapes or value_norm or starcoder2 or count_sinks or described"
+CHOSEN = (
+    "static_baselines or first_only or every_method_once or escapes or value_norm or "
+    "starcoder2 or count_sinks or described"
+)
 FILES = ("methods/test_baselines", "project/test_benchmark_stages", "project/test_pipeline", "collect/test_collect")
 FILES += ("cache/test_oracle", "scores/test_scores", "reporting/test_style")
 

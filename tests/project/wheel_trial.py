@@ -1,6 +1,7 @@
 """The wheel in an empty environment: built, installed with what it depends on, and used. Run: make wheel-test
 
-Needs the Python package index and a minute or two, so pytest does not run it; `tests/project/test_wheel.py` checks what a wheel
+Needs the Python package index and a minute or two, so pytest does not run it; `tests/project/test_wheel.py` checks
+what a wheel
 holds. What is used: the command line on a tiny random model, and the README's passkey example, as written.
 """
 

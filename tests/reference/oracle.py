@@ -126,7 +126,8 @@ def judged(
     """Make `model`'s heads see, in one pass with `use_cache=False`, what `layers[layer][kv_head]` retains.
 
     With `prefill="exact"` the first `prompt_length` columns attend in full, with "streaming" none does. Retention alone
-    does not define what selecting heads see: `records` replays the selections of a cache (`recorded_choices`). For a model split
+    does not define what selecting heads see: `records` replays the selections of a cache (`recorded_choices`). For a
+    model split
     among processes `layers` has all KV heads, and `records` are those of the process's own cache.
     """
     if records is None and any(kept.chosen for layer in layers for kept in layer):

@@ -11,14 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcompress.evaluation.contenders import Contender, beyond_contenders, compressors_of
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import Interval, paired_difference
-from kvcompress.evaluation.params import AblationParams, ScoringParams
+from kvcompress.evaluation.params import CONTINUATION, STREAMING, AblationParams, ScoringParams
 from kvcompress.evaluation.perplexity import FULL_CACHE, Documents, QualityResult, score_contenders
 from kvcompress.evaluation.results import ResultStore
 from kvcompress.evaluation.retrieval import retrieval_rows, retrieve
 from kvcompress.texts.corpora import documents, documents_of_all
 from kvcompress.texts.retrieval_tasks import Case, make_cases
 
-STREAMING, CONTINUATION = "streaming", "continuation"  # protocols
 BEYOND_WINDOW = 1024  # predicted tokens a point, past the trained context
 
 Row = dict[str, Any]

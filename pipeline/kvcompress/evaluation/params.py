@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from kvcompress.core.params import Count, Name, Params, SectionParams
 
 FULL, HEAD_AWARE = "full", "head_aware"
+STREAMING, CONTINUATION = "streaming", "continuation"  # protocols of compare_plans
 BASELINES = ("l2_compress", "fix_size_l2", "streaming_llm", "recent_only")
 METHODS = (FULL, *BASELINES, HEAD_AWARE)  # of the benchmark
 

@@ -1,7 +1,8 @@
 """Comparisons of methods at equal bytes (stages `ablate` and `compare_plans`): Markdown report, plot data, metrics.
 
 A result is `{"model", "texts", "environment", "settings", "rows"}`, one row a contender, read as a stream; rows of the
-protocol "continuation" (an exact prefill, compressed once, then the rest of the document) are in a field of that name. ΔNLL is
+protocol "continuation" (an exact prefill, compressed once, then the rest of the document) are in a field of that
+name. ΔNLL is
 a difference in loss, in nats a token. `rival` in a row names the cache of the same bytes that the row is compared with.
 """
 
@@ -12,10 +13,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kvcompress.evaluation.intervals import CONFIDENCE
+from kvcompress.evaluation.params import CONTINUATION, STREAMING
 from kvcompress.reporting.method_style import FULL, OWN, PUBLISHED, UNIFORM, in_order, key_of, look
 from kvcompress.reporting.tables import Row, cells, change, counted, listed, markdown, number
 
-STREAMING, CONTINUATION = "streaming", "continuation"
 PROTOCOLS = {CONTINUATION: "continuation", STREAMING: "rows"}  # protocol -> field of a result
 Outcome = Literal["wins", "loses", "even", "not comparable"]
 Result = Mapping[str, Any]

@@ -92,7 +92,10 @@ def head_map(
         tag("text", i, x=LEFT + (i + 0.5) * STEP, y=bottom + 10, text_anchor="middle") for i in range(0, layers, 5)
     ]
     labels.append(tag("text", "layer", x=LEFT + layers * STEP / 2, y=bottom + 21, text_anchor="middle"))
-    label = f"{title}, {layers} layers by {heads} heads. Arrow keys move from head to head; the table below has the same data."
+    label = (
+        f"{title}, {layers} layers by {heads} heads. Arrow keys move from head to head; the table "
+        f"below has the same data."
+    )
     picture = tag(
         "svg",
         tag("g", drawn, class_="cells"),
@@ -122,11 +125,18 @@ def class_map(kinds: Sequence[Sequence[HeadType]], title: str) -> Html:
     drawn = joined([*cells, tag("g", letters, class_="letters", aria_hidden="true")])
     counts = {kind: sum(layer.count(kind) for layer in kinds) for kind in CLASS_STYLE}
     keys = [
-        tag("li", tag("b", CLASS_LETTERS[kind], style=f"background:{CLASS_STYLE[kind][0]};color:{ink_on(CLASS_STYLE[kind][0])}"),
-            f" {CLASS_LABELS[kind]}: {count}")
+        tag(
+            "li",
+            tag(
+                "b",
+                CLASS_LETTERS[kind],
+                style=f"background:{CLASS_STYLE[kind][0]};color:{ink_on(CLASS_STYLE[kind][0])}",
+            ),
+            f" {CLASS_LABELS[kind]}: {count}",
+        )
         for kind, count in counts.items()
         if count
-    ]  # fmt: skip
+    ]
     return head_map("q", title, "", STEP, (len(kinds), len(kinds[0])), drawn, tag("ul", keys, class_="legend"))
 
 

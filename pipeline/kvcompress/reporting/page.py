@@ -242,7 +242,8 @@ def heads_priced(inputs: Inputs) -> Content:
         paragraph(
             "Every cell is a KV head. Its price is the expected divergence from the full cache if this head alone keeps "
             f"{prices[0]['sinks']} sinks and a window of {prices[0]['window']}. Facts carried: its part in the answers to "
-            f"questions about distant facts. Slots: what the policy {PLANS_SHOWN} gives it at each budget, after {context:,} tokens."
+            f"questions about distant facts. Slots: what the policy {PLANS_SHOWN} gives it at each budget, "
+            f"after {context:,} tokens."
         ),
         side_by_side(maps, len(price)),
         price_table(prices, inputs.plans, context),
@@ -314,7 +315,8 @@ def sections(inputs: Inputs) -> Mapping[str, tuple[str, Content]]:
     ]
     facts = [
         paragraph(
-            "A fact is hidden at some depth of a text, the cache is compressed, and only then the question is asked. passkey: "
+            "A fact is hidden at some depth of a text, the cache is compressed, and only then the question is "
+            "asked. passkey: "
             "a five-digit key, stated twice. needle: a sentence foreign to the text around it. lookup: one of several keys, "
             "asked for by name."
         ),

@@ -115,7 +115,8 @@ def changes_along(
     A change is the output over fewer keys minus the full output, summed over the query heads of the KV head. Windows come
     before options.
 
-    gradient: `[kv_head, group, query, value_dim]`, with respect to the output. query: `[kv_head, group, query, head_dim]`, the
+    gradient: `[kv_head, group, query, value_dim]`, with respect to the output. query: `[kv_head, group, query,
+    head_dim]`, the
     last queries of the text. key, value: `[kv_head, key, dim]`, the whole text. selected: keys of each option, bool
     `[option, kv_head, key]`; they count for a query once they have left its window.
     """
