@@ -4,11 +4,11 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro test test-all setup lock wheel-test plots-page clean
+.PHONY: help repro test test-slow setup lock wheel-test plots-page clean
 help:
 	@echo "make repro       set up .venv, then run every stage that is not up to date (dvc repro)"
 	@echo "make test        set up .venv, then lint, type check and run the fast tests"
-	@echo "make test-all    the same with the slow tests: pipeline, wheel, browser, several processes, interpreter"
+	@echo "make test-slow   run the slow tests: pipeline, wheel, browser, several processes, interpreter"
 	@echo "make setup       only set up .venv from requirements.lock"
 	@echo "make lock        write requirements.lock anew from pyproject.toml"
 	@echo "make wheel-test  build the wheel, install it into an empty environment, and use it there (needs the package index)"
@@ -25,10 +25,11 @@ test: setup
 	@echo "== mypy: types"
 	@mypy
 	@echo "== pytest, on all cores"
-	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder $(MARK)
+	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-all: MARK = -m "slow or not slow"
-test-all: test
+test-slow: setup
+	@echo "== pytest, slow tests, on all cores"
+	@OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 setup: $(READY)
 

@@ -2,7 +2,7 @@
 
 Slow files run the whole pipeline, build the wheel, start a browser or several processes, or interpret kernels. `make
 test` leaves
-them out, `make test-all` runs them.
+them out, `make test-slow` runs them.
 """
 
 import pytest
