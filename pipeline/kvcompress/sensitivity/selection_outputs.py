@@ -72,30 +72,34 @@ def selected_keys(
     window or leave it within the next STEP tokens. Scores know the queries up to the moment.
     """
     found = torch.zeros(len(options), len(key), len(moments), key.shape[1], dtype=torch.bool, device=key.device)
-    for moment, seen in enumerate(moments):
-        at = torch.arange(seen, device=key.device)
-        held = ScoreInputs(
-            key[None, :, :seen],
-            value[None, :, :seen],
-            at[None, None],
-            scaling,
-            query[None, :, :seen],
-            at[None],
-            rotation,
-            stays=(at < sinks)[None, None],
-            in_order=True,
-        )
-        ranked: dict[str, Tensor] = {}
-        for option, selected in zip(options, found[:, :, moment], strict=True):
-            candidates = range(seen)[sinks : max(seen - option.window + STEP, 0)]
-            if len(candidates) <= option.selected:
-                selected[:, candidates.start : candidates.stop] = True
-                continue
-            if option.score not in ranked:
-                ranked[option.score] = make_score(option.score)(held)[0]
-            scores = ranked[option.score][:, candidates.start : candidates.stop]
-            selected.scatter_(1, best(scores, option.selected) + candidates.start, True)
+    at = torch.arange(key.shape[1], device=key.device)
+    stays = (at < sinks)[None, None]
+    text = ScoreInputs(
+        key[None], value[None], at[None, None], scaling, query[None], at[None], rotation, stays, in_order=True
+    )
+    ranked: dict[str, list[int]] = {}  # score -> moments at which an option has more candidates than slots for them
+    for i, option in enumerate(options):
+        for moment, seen in enumerate(moments):
+            candidates = candidates_at(seen, option, sinks)
+            if len(candidates) > option.selected:
+                ranked.setdefault(option.score, []).append(moment)
+            else:
+                found[i, :, moment, candidates.start : candidates.stop] = True
+    for name, some in ranked.items():
+        order = sorted(set(some))
+        prefixes = make_score(name).of_prefixes(text, [moments[moment] for moment in order])
+        for moment, scores in zip(order, prefixes, strict=True):
+            for i, option in enumerate(options):
+                candidates = candidates_at(moments[moment], option, sinks)
+                if option.score == name and len(candidates) > option.selected:
+                    slots = best(scores[0, :, candidates.start : candidates.stop], option.selected)
+                    found[i, :, moment].scatter_(1, slots + candidates.start, True)
     return found
+
+
+def candidates_at(seen: int, option: SelectOption, sinks: int) -> range:
+    """Positions of the keys that an option may select after `seen` tokens."""
+    return range(seen)[sinks : max(seen - option.window + STEP, 0)]
 
 
 def changes_along(
