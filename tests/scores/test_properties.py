@@ -53,6 +53,25 @@ def test_a_head_and_a_row_score_the_same_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
+def test_prefixes_score_as_texts_that_end_there(name: str) -> None:
+    model = tiny_model("llama")
+    remember = Remember()
+    ids = torch.randint(1, 256, (1, 500), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), attention_hook(model, remember):
+        model(ids, use_cache=False)
+    assert remember.first is not None
+    queries, keys, values, scale = remember.first
+    at, score = torch.arange(500), make_score(name)
+    stays = (at < 4)[None, None]
+    text = ScoreInputs(
+        keys, values, at[None, None], scale, queries, at[None], Rotation.of(model.config), stays, in_order=True
+    )
+    lengths = [64, 256, 300, 500]
+    for length, found in zip(lengths, score.of_prefixes(text, lengths), strict=True):
+        assert close(found[..., 4:], score(text.between(0, length))[..., 4:]), length
+
+
+@pytest.mark.parametrize("name", SCORES)
 def test_what_a_score_needs_is_asked_for(name: str) -> None:
     score = make_score(name)
     if score.needs_queries:

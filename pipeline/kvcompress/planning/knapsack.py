@@ -1,9 +1,9 @@
 """Division of slots among heads by price: the fractional knapsack over the heads' price curves.
 
-The price of a head falls with its slots. On the lower convex hull of the curve every piece has a rate, price for each slot,
-and the rates fall from piece to piece. The best division of a budget therefore takes the pieces of all heads in the order
-of their rates until no slot is left (Dantzig 1957; equivalent to one price of memory, lambda, for all heads). At most one
-piece is taken in part, and the sum is exact.
+The price of a head falls with its slots. On the lower convex hull of the curve every piece has a rate, price for each
+slot, and the rates fall from piece to piece. The best division of a budget therefore takes the pieces of all heads in
+the order of their rates until no slot is left (Dantzig 1957; equivalent to one price of memory, lambda, for all heads).
+At most one piece is taken in part, and the sum is exact.
 """
 
 import itertools

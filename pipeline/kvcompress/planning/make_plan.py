@@ -34,7 +34,7 @@ def make_plan(
     Parameters
     ----------
     budget: a share (`0.25`, `"25%"`), `"512 tokens"` for each head, or bytes (`"40 MB"`).
-    context_length: tokens at which the budget is counted [default: length of the priced documents, `params.max_tokens`].
+    context_length: tokens at which the budget is counted [default: that of the priced documents].
     balance: value of answering every far question, nats a token of text [default: that of `BudgetParams`].
     classifications: file of head classes, for the policies of the class table.
     sensitivity: prices from `measure_sensitivity`, to make several plans from one measurement [default: measure].

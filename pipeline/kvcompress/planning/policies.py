@@ -171,8 +171,9 @@ def inverse(planner: Planner, budget: Budget) -> RetentionPlan:
 def select(planner: Planner, budget: Budget) -> RetentionPlan:
     """Windows and keys that scores select, by measured price (`kvcompress.planning.pricing`).
 
-    Queries that the cache keeps for scores count against the budget (`kvcompress.scores.selection_rule.kept_query_slots`).
-    If they cost too much, heads select by other scores, or hold windows alone.
+    Queries that the cache keeps for scores count against the budget
+    (`kvcompress.scores.selection_rule.kept_query_slots`). If they cost too much, heads select by other scores, or hold
+    windows alone.
     """
     found = [affordable(planner, budget, menu) for menu in planner.pricing.menus()]
     best = min((one for one in found if one), key=lambda one: one.text - planner.balance * one.success)
@@ -196,9 +197,9 @@ def affordable(planner: Planner, budget: Budget, menu: Sequence[int]) -> Divisio
 def favour_early_layers(planner: Planner, found: Division) -> Division:
     """Give the first third of the layers `planner.early` times as many slots relative to the others.
 
-    Prices are measured on one layer at a time in a text that was read in full. In a text that streams through a compressed
-    cache, an early layer's loss enters the keys and values of all layers above it and accumulates, which no price of a
-    single passage contains.
+    Prices are measured on one layer at a time in a text that was read in full. In a text that streams through a
+    compressed cache, an early layer's loss enters the keys and values of all layers above it and accumulates, which no
+    price of a single passage contains.
     """
     shape = planner.sensitivity
     early = np.arange(planner.heads) < shape.layers // 3 * shape.kv_heads

@@ -1,12 +1,13 @@
 """Price of a division of slots among heads, and the best division, at one context length.
 
 Two costs are weighed. Text: the expected divergence from the full cache, nats a token, summed over heads. Facts: the
-probability that a token of the answer to a far question is still right. A fact at distance d loses what every head whose
-cache ends before d carried of it,
+probability that a token of the answer to a far question is still right. A fact at distance d loses what every head
+whose cache ends before d carried of it,
 
     success = mean over facts and distances of exp(- sum over heads that do not reach d of what they carried)
 
-so that half a retrieval circuit is worth little and the whole circuit much. A division minimises text - balance * success.
+so that half a retrieval circuit is worth little and the whole circuit much. A division minimises
+text - balance * success.
 
 A head uses its slots in one of several ways: a window, or a window and keys that a score selected, one way for every
 measured score and part. Each way has a price on text, and a part of the facts that is lost: for a window the share of

@@ -5,6 +5,7 @@ between calls, and takes random numbers only from a seed among its fields.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class Score(ABC):
     @torch.no_grad()
     def of_candidates(self, inputs: ScoreInputs, totals: AttentionTotals | None = None) -> Tensor:
         """Scores like those of `__call__`, of which only the entries in `inputs.candidates` are meaningful."""
+        self.require_inputs(inputs)
+        return self.rank(inputs) if totals is None else self.of_totals(totals)
+
+    def require_inputs(self, inputs: ScoreInputs) -> None:
+        """Raise the errors of the class if `inputs` lack what the score needs."""
         name = type(self).__name__
         if self.needs_queries and (inputs.queries is None or not inputs.queries.shape[2]):
             raise InputError(f"{name} ranks keys by the attention of queries, and there are none")
@@ -63,7 +69,12 @@ class Score(ABC):
             raise UnsupportedModelError(
                 f"{name} uses vectors before rotation, and this model's rotary embedding is not known"
             )
-        return self.rank(inputs) if totals is None else self.of_totals(totals)
+
+    @torch.no_grad()
+    def of_prefixes(self, inputs: ScoreInputs, lengths: Iterable[int]) -> Iterator[Tensor]:
+        """Scores of the first tokens of a whole text as if it ended there, like `of_candidates`, for every length."""
+        for length in lengths:
+            yield self.of_candidates(inputs.between(0, length))
 
     @abstractmethod
     def rank(self, inputs: ScoreInputs) -> Tensor:

@@ -9,6 +9,7 @@ queries are all available, every query attends to the keys of its own chunk. Whi
 queries form one chunk, which all queries attend to.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,7 +76,24 @@ class Leverage(Score):
         return self.unrotate
 
     def rank(self, inputs: ScoreInputs) -> Tensor:
-        attention = chunk_attention(inputs, self.chunk, inputs.scaling if self.scale is None else self.scale)
+        return self.blended(inputs, self.attention(inputs))
+
+    @torch.no_grad()
+    def of_prefixes(self, inputs: ScoreInputs, lengths: Iterable[int]) -> Iterator[Tensor]:
+        self.require_inputs(inputs)
+        whole = self.attention(inputs)  # complete chunks do not depend on what follows
+        for length in lengths:
+            done = length // self.chunk * self.chunk
+            attention = [whole[..., :done]]
+            if done < length:
+                attention.append(self.attention(inputs.between(done, length)))
+            yield self.blended(inputs.between(0, length), torch.cat(attention, -1))
+
+    def attention(self, inputs: ScoreInputs) -> Tensor:
+        return chunk_attention(inputs, self.chunk, inputs.scaling if self.scale is None else self.scale)
+
+    def blended(self, inputs: ScoreInputs, attention: Tensor) -> Tensor:
+        """Blend of leverage and of `attention` inside the chunks, `[batch, kv_head, key]`."""
         attention = attention * vector_norm(inputs.values, dim=-1, dtype=torch.float32)
         places = inputs.positions.where(inputs.candidates, -1)
         attention = pool(attention, places, self.kernel // 2, "mean", inputs.in_order)

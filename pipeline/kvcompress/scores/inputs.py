@@ -5,7 +5,7 @@ streaming and decoding, the keys are those that each head holds, with gaps betwe
 those of the last chunk. Keys and queries are given after rotation, as the cache and the attention function have them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -113,6 +113,20 @@ class ScoreInputs:
     def whole(self) -> bool:
         """True if these are all keys and all queries of a text, column by column."""
         return self.in_order and self.queries is not None and self.queries.shape[2] == self.keys.shape[2]
+
+    def between(self, start: int, stop: int) -> "ScoreInputs":
+        """Tokens `start` to `stop` of a text that is here as a `whole`."""
+        assert self.queries is not None
+        return replace(
+            self,
+            keys=self.keys[:, :, start:stop],
+            values=self.values[:, :, start:stop],
+            positions=self.positions[..., start:stop],
+            queries=self.queries[:, :, start:stop],
+            query_positions=self.at[:, start:stop],
+            stays=None if self.stays is None else self.stays[..., start:stop],
+            query_range=None if self.query_range is None else self.query_range[start:stop],
+        )
 
     @property
     def grouped_queries(self) -> Tensor:

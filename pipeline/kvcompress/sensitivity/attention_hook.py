@@ -1,7 +1,7 @@
 """Attention function that passes every layer's attention to a hook, with gradients on.
 
-The output is that of transformers' own SDPA. A hook may return another output, to attribute a loss to heads, or register
-itself on the gradient of the output, to price what a head would lose.
+The output is that of transformers' own SDPA. A hook may return another output, to attribute a loss to heads, or
+register itself on the gradient of the output, to price what a head would lose.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,10 @@ NAME = "kvcompress_hook"
 class LayerAttention:
     """Attention of one layer.
 
-    query: `[batch, query_head, token, head_dim]`, the last tokens of the text. key, value: `[batch, kv_head, token, dim]`,
-    the whole text. output: `[batch, token, query_head, value_dim]`. sliding_window: the model's own, None without one.
+    query: `[batch, query_head, token, head_dim]`, the last tokens of the text.
+    key, value: `[batch, kv_head, token, dim]`, the whole text.
+    output: `[batch, token, query_head, value_dim]`.
+    sliding_window: the model's own, None without one.
     """
 
     layer: int

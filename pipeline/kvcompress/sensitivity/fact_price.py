@@ -1,12 +1,12 @@
 """Part of every KV head in the answer to a question about a far fact: attribution over the question's tokens.
 
-The context is read once, without gradients, into an ordinary cache. Question and answer then run through the model with a
-gate on every KV head that moves its output from full to windowed. Integrated gradients (Sundararajan et al. 2017, arXiv
-1703.01365) along the gates, from 0 to 1 for all heads together, divide the change of the answer's loss among the heads
-and add up to it. Several facts share a context, and all nodes of the integration run as one batch.
+The context is read once, without gradients, into an ordinary cache. Question and answer then run through the model with
+a gate on every KV head that moves its output from full to windowed. Integrated gradients (Sundararajan et al. 2017,
+arXiv 1703.01365) along the gates, from 0 to 1 for all heads together, divide the change of the answer's loss among the
+heads and add up to it. Several facts share a context, and all nodes of the integration run as one batch.
 
-A head that holds keys selected at the end of the context, without the question, loses less. Its loss is read off the same
-gradients along the change of its output under that selection: to first order in the change, on the same path.
+A head that holds keys selected at the end of the context, without the question, loses less. Its loss is read off the
+same gradients along the change of its output under that selection: to first order in the change, on the same path.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ FILLERS = (
     "One two three four. The clock ticks on the wall. A dog sleeps. Water runs down the hill. ",
     "The sea is wide. Ships come and go. Nobody counts them. The wind blows again. Stars come out at night. ",
 )
-# (fact, question) in repetitive text, which says its number twice. The last three questions do not say that the answer is
-# a number: other heads find that out.
+# (fact, question) in repetitive text, which says its number twice. The last three questions do not say that the answer
+# is a number: other heads find that out.
 TWICE = (
     (
         "The access code of {who} is {value}. Keep it in mind: {value} is the access code of {who}.",
@@ -173,8 +173,9 @@ def fact_prices(
 ) -> Tensor:
     """Nats a token of the answer, float64 `[fact, 1 + option, layer, kv_head]`.
 
-    Entry 0 is what the head carries from beyond sinks and window, entry 1 + i what it loses of that under option i. Facts
-    nearer than `window` lose nothing. The cost is one pass over the context and `nodes` rows over question and answer.
+    Entry 0 is what the head carries from beyond sinks and window, entry 1 + i what it loses of that under option i.
+    Facts nearer than `window` lose nothing. The cost is one pass over the context and `nodes` rows over question and
+    answer.
 
     questions: (question, answer) of the facts in `context`, all token ids. nodes: points of Gauss-Legendre integration.
     """

@@ -3,8 +3,8 @@
 The output of every head moves together from full to windowed, o(a) = full + a (windowed - full), and the divergence
 D(a) = KL(full || moved) grows from 0. Integrated gradients along the path (Sundararajan et al. 2017, arXiv 1703.01365)
 divide D(1) among the heads. D is close to a quadratic, for which the gradient at a = 1/2 alone is exact. The part of a
-single head is noisy, and negative if other heads compensate for it. The sum over a layer is the joint price of its heads,
-which prices of single heads do not contain.
+single head is noisy, and negative if other heads compensate for it. The sum over a layer is the joint price of its
+heads, which prices of single heads do not contain.
 """
 
 import torch
@@ -17,7 +17,7 @@ from kvcompress.sensitivity.window_outputs import moved_output
 
 
 class HalfwayHook:
-    """Attention hook that moves every head halfway from its full to its windowed output, through a gate for each head."""
+    """Attention hook that moves every head, through a gate, halfway from its full to its windowed output."""
 
     def __init__(self, window: int, sinks: int, layers: int, kv_heads: int) -> None:
         self.window, self.sinks = window, sinks

@@ -1,8 +1,8 @@
 """Prices of smaller caches in every KV head, measured once on calibration text.
 
-Three measurements, each additive over documents: the price of one head's slots on text (`text_price`), the joint price of
-a layer's heads (`joint_price`), and every head's part in the answers to questions about facts (`fact_price`). Slots hold a
-window, or a window and keys that a score selected.
+Three measurements, each additive over documents: the price of one head's slots on text (`text_price`), the joint price
+of a layer's heads (`joint_price`), and every head's part in the answers to questions about facts (`fact_price`). Slots
+hold a window, or a window and keys that a score selected.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +36,9 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Price every KV head on calibration `texts` (name -> text).
 
-    Several processes (`kvcompress.models.distributed`) share the work; shards of one model measure their own heads. Each
-    gets the whole result. Raises `UnsupportedModelError` for a model whose attention cannot be observed and `InputError`
-    for texts that are too short.
+    Several processes (`kvcompress.models.distributed`) share the work; shards of one model measure their own heads.
+    Each gets the whole result. Raises `UnsupportedModelError` for a model whose attention cannot be observed and
+    `InputError` for texts that are too short.
     """
     settings = params or SensitivityParams()
     observed = require_observable(model)
@@ -104,7 +104,7 @@ def document_prices(
     options: Sequence[SelectOption],
     rotation: Rotation | None,
 ) -> Tensor:
-    """Sums over one document's tokens, nats, float64 `[window, option or joint window, layer, kv_head]`, in this order."""
+    """Sums over one document's tokens, nats, float64 `[window, option or joint window, layer, kv_head]`."""
     text, full = text_prices(model, tokens, windows, sinks, shape, seed, options, rotation)
     joint = [joint_prices(model, tokens, full, window, sinks, shape)[None] for window in joint_windows]
     return torch.cat((text, *joint))

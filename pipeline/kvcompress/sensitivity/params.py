@@ -13,15 +13,16 @@ Windows = Annotated[list[Count], Field(min_length=1)]
 class SensitivityParams(SectionParams):
     """Settings of the price measurement.
 
-    Text: `documents_per_text` documents of `max_tokens` tokens of every calibration text, priced for `windows`. The joint
-    price of a layer's heads is measured for `joint_windows` on the first `joint_documents` of each text. Windows that do
-    not fit a document are left out.
+    Text: `documents_per_text` documents of `max_tokens` tokens of every calibration text, priced for `windows`. The
+    joint price of a layer's heads is measured for `joint_windows` on the first `joint_documents` of each text. Windows
+    that do not fit a document are left out.
 
     Select options: `choice_sizes` slots besides sinks, of which each of `choice_parts` holds keys selected by each of
     `choice_scores` (names of `kvcompress.scores`). Options with a window below 64 are left out.
 
-    Facts: `fact_contexts` contexts of `fact_tokens` tokens (at most a document's), prose and repetitive text in turn, with
-    `facts_per_context` facts each. Keys farther than `far` tokens count as far. `nodes`: points of the integration.
+    Facts: `fact_contexts` contexts of `fact_tokens` tokens (at most a document's), prose and repetitive text in turn,
+    with `facts_per_context` facts each. Keys farther than `far` tokens count as far. `nodes`: points of the
+    integration.
     """
 
     section = "sensitivity"

@@ -79,7 +79,7 @@ class Sensitivity:
         return self._priced(self.fisher)
 
     def option_prices(self) -> np.ndarray:
-        """Expected cost of every option as in `prices`, `[option, layer, kv_head]`; falls with size per score and part."""
+        """Expected cost of every option, `[option, layer, kv_head]`, computed like `prices` for each score and part."""
         found = np.zeros_like(self.chosen)
         for of in self.option_groups().values():
             found[of] = self._priced(self.chosen[of])

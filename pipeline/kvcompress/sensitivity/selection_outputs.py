@@ -1,17 +1,18 @@
 """Change of a head's attention output when its slots hold a window, or a window and keys that a score selected.
 
-With p the attention weights over the whole past, the output over a set S of keys is sum_{k in S} p_k v_k / sum_{k in S} p_k:
-softmax over fewer keys is the same softmax, rescaled. Only the change along a gradient g is needed,
+With p the attention weights over the whole past, the output over a set S of keys is the sum of p_k v_k over S
+divided by the sum of p_k: softmax over fewer keys is the same softmax, rescaled. Only the change along a gradient g is
+needed,
 
     g . change = sum_{k in S} p_k (g . v_k) / sum_{k in S} p_k  -  sum_k p_k (g . v_k)
 
-so every set costs two sums of numbers instead of a sum of vectors. Windows are nested: keys are added ring by ring from the
-nearest outwards, and every window costs only its own ring.
+so every set costs two sums of numbers instead of a sum of vectors. Windows are nested: keys are added ring by ring from
+the nearest outwards, and every window costs only its own ring.
 
-Keys are selected by the rule of the cache (`kvcompress.scores.selection_rule`) with three differences. Every selection is
-among all older keys, while a cache cannot take back an evicted key. Scores see all queries so far, while a cache sees the
-last few once the prompt is read. One ranking serves all sizes, so scores that compare keys with each other also see the
-keys of the window.
+Keys are selected by the rule of the cache (`kvcompress.scores.selection_rule`) with three differences. Every selection
+is among all older keys, while a cache cannot take back an evicted key. Scores see all queries so far, while a cache
+sees the last few once the prompt is read. One ranking serves all sizes, so scores that compare keys with each other
+also see the keys of the window.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ TINY = torch.finfo(torch.float32).tiny
 def select_options(config: Any, settings: SensitivityParams, length: int) -> tuple[list[SelectOption], Rotation | None]:
     """Options of `settings` that fit documents of `length` tokens, and the model's rotation (None if unknown).
 
-    Without a rotation, scores that need it are left out. A model with a sliding window has no options, because its cache
-    cannot select.
+    Without a rotation, scores that need it are left out. A model with a sliding window has no options, because its
+    cache cannot select.
     """
     try:
         rotation = Rotation.of(config)
@@ -68,34 +69,38 @@ def selected_keys(
 ) -> Tensor:
     """Keys that every option selects after each number of tokens in `moments`, bool `[option, kv_head, moment, key]`.
 
-    query: `[query_head, token, head_dim]`; key, value: `[kv_head, token, dim]`. Candidates are the keys that have left the
-    window or leave it within the next STEP tokens. Scores know the queries up to the moment.
+    query: `[query_head, token, head_dim]`; key, value: `[kv_head, token, dim]`. Candidates are the keys that have left
+    the window or leave it within the next STEP tokens. Scores know the queries up to the moment.
     """
     found = torch.zeros(len(options), len(key), len(moments), key.shape[1], dtype=torch.bool, device=key.device)
-    for moment, seen in enumerate(moments):
-        at = torch.arange(seen, device=key.device)
-        held = ScoreInputs(
-            key[None, :, :seen],
-            value[None, :, :seen],
-            at[None, None],
-            scaling,
-            query[None, :, :seen],
-            at[None],
-            rotation,
-            stays=(at < sinks)[None, None],
-            in_order=True,
-        )
-        ranked: dict[str, Tensor] = {}
-        for option, selected in zip(options, found[:, :, moment], strict=True):
-            candidates = range(seen)[sinks : max(seen - option.window + STEP, 0)]
-            if len(candidates) <= option.selected:
-                selected[:, candidates.start : candidates.stop] = True
-                continue
-            if option.score not in ranked:
-                ranked[option.score] = make_score(option.score)(held)[0]
-            scores = ranked[option.score][:, candidates.start : candidates.stop]
-            selected.scatter_(1, best(scores, option.selected) + candidates.start, True)
+    at = torch.arange(key.shape[1], device=key.device)
+    stays = (at < sinks)[None, None]
+    text = ScoreInputs(
+        key[None], value[None], at[None, None], scaling, query[None], at[None], rotation, stays, in_order=True
+    )
+    ranked: dict[str, list[int]] = {}  # score -> moments at which an option has more candidates than slots for them
+    for i, option in enumerate(options):
+        for moment, seen in enumerate(moments):
+            candidates = candidates_at(seen, option, sinks)
+            if len(candidates) > option.selected:
+                ranked.setdefault(option.score, []).append(moment)
+            else:
+                found[i, :, moment, candidates.start : candidates.stop] = True
+    for name, some in ranked.items():
+        order = sorted(set(some))
+        prefixes = make_score(name).of_prefixes(text, [moments[moment] for moment in order])
+        for moment, scores in zip(order, prefixes, strict=True):
+            for i, option in enumerate(options):
+                candidates = candidates_at(moments[moment], option, sinks)
+                if option.score == name and len(candidates) > option.selected:
+                    slots = best(scores[0, :, candidates.start : candidates.stop], option.selected)
+                    found[i, :, moment].scatter_(1, slots + candidates.start, True)
     return found
+
+
+def candidates_at(seen: int, option: SelectOption, sinks: int) -> range:
+    """Positions of the keys that an option may select after `seen` tokens."""
+    return range(seen)[sinks : max(seen - option.window + STEP, 0)]
 
 
 def changes_along(
@@ -112,8 +117,8 @@ def changes_along(
 ) -> Tensor:
     """Change of a KV head's outputs along a gradient, float32 `[window or option, kv_head, query]`.
 
-    A change is the output over fewer keys minus the full output, summed over the query heads of the KV head. Windows come
-    before options.
+    A change is the output over fewer keys minus the full output, summed over the query heads of the KV head. Windows
+    come before options.
 
     gradient: `[kv_head, group, query, value_dim]`, with respect to the output. query: `[kv_head, group, query,
     head_dim]`, the
@@ -155,6 +160,6 @@ def changes_along(
 
 
 def change(sums: Tensor, full: Tensor) -> Tensor:
-    """Change along the gradient from sums of weights and products over the keys that are left, summed over the group."""
+    """Change along the gradient, summed over the group, from sums of weights and products over the remaining keys."""
     weights, products = sums.unbind(1)
     return (products / weights.clamp_min(TINY) - full).sum(1)

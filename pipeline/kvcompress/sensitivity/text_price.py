@@ -1,9 +1,9 @@
 """Price of a smaller cache on text, for every KV head, window and select option, from one backward pass.
 
 Let d(t, w) be the change of a head's attention output at token t when it keeps sinks and its last w keys, and g(t) the
-gradient, with respect to that output, of the log-likelihood of tokens drawn from the model itself, one at each position.
-To second order the divergence KL(full || windowed) is 1/2 d^T F d with the Fisher information F = E[g g^T]; with the
-diagonal of F over tokens,
+gradient, with respect to that output, of the log-likelihood of tokens drawn from the model itself, one at each
+position. To second order the divergence KL(full || windowed) is 1/2 d^T F d with the Fisher information F = E[g g^T];
+with the diagonal of F over tokens,
 
     price(w) = 1/2 sum_t (g(t) . d(t, w))^2 / tokens        nats a token
 
@@ -85,10 +85,10 @@ def text_prices(
     options: Sequence[SelectOption] = (),
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over one document's tokens, nats, float64 `[window or option, layer, kv_head]`, and the model's probabilities.
+    """Prices of one document and the model's probabilities `[token, vocabulary]`.
 
-    Probabilities are `[token, vocabulary]`. shape: layers and KV heads. rotation: the model's, for scores of `options` that
-    look at vectors before rotation.
+    Prices are sums over tokens, nats, float64 `[window or option, layer, kv_head]`. shape: layers and KV heads.
+    rotation: the model's, for scores of `options` that look at vectors before rotation.
     """
     fisher = torch.zeros(len(windows) + len(options), *shape, dtype=torch.float64)
     with attention_hook(model, FisherHook(fisher, windows, sinks, options, rotation)), torch.enable_grad():

@@ -20,8 +20,9 @@ def windowed_output(
 ) -> Tensor:
     """Attention over the first `sinks` and last `window` keys, `[batch, query_head, query, value_dim]`; differentiable.
 
-    query: `[batch, query_head, query, head_dim]`, the last queries of the text. key, value: `[batch, kv_head, key, dim]`, the
-    whole text. sliding_window: the model's own.
+    query: `[batch, query_head, query, head_dim]`, the last queries of the text.
+    key, value: `[batch, kv_head, key, dim]`, the whole text.
+    sliding_window: the model's own [default: none].
     """
     keys, first = key.shape[2], key.shape[2] - query.shape[2]
     place = torch.arange(keys, device=query.device)
