@@ -41,5 +41,6 @@ def main(version: bool = typer.Option(False, "--version", callback=print_version
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 an error that a sentence explains, 2 a wrong command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported; see stages/__init__.py
     with said_in_a_sentence():
         app()
