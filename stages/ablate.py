@@ -59,7 +59,7 @@ def main(
     contenders |= plan_contenders(model.config, settings.max_tokens, plan or (), taken=contenders)
     store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
     result = compare(model, tokenizer, record.id, texts, contenders, settings, store=store)
-    if settings.beyond_tokens and "window_size" in chosen:
+    if settings.beyond_tokens and "head_aware" in chosen:  # the stage that depends on classes
         table = str(classes) if classes.is_file() else None
         result["beyond"] = stream_beyond(model, tokenizer, texts, settings, table, record.max_context)
     if not distributed.leave():  # every process has the whole result, one writes it

@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from kvcompress.core.artifacts import write_json
+from kvcompress.core.errors import InputError
 from kvcompress.core.params import load_section
 from kvcompress.core.plan import plans_of
 from kvcompress.evaluation.benchmark import benchmark_result, require_fit
 from kvcompress.evaluation.contenders import benchmark_contenders, require_known
-from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.params import HEAD_AWARE, METHODS, BenchmarkParams
-from kvcompress.evaluation.results import ResultStore
 from kvcompress.models.load import load_model
 from kvcompress.texts.corpora import load_texts
 from stages.common import Bf16, DataDir, Device, MetricsFile, ModelId, ParamsFile, run, stage_app
@@ -71,11 +70,13 @@ def main(
     paths, chosen = list(plan or ()), classifications_path
     if not paths and chosen is None:
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
-        # Plans by price do not depend on classes, so a new threshold alone times nothing again.
-        chosen = table if everything or not paths else None
+        chosen = table if everything else None  # by itself, head_aware is the plans alone
+        if not paths and chosen is None and HEAD_AWARE in methods:
+            raise InputError(
+                "benchmark.plans is empty: expected a plan for head_aware, --plan or --classifications-path"
+            )
     contenders = benchmark_contenders(methods, model.config, settings, chosen, paths)
-    store = ResultStore(data_dir / ".results", model=record.model_dump(), environment=environment(model))
-    result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing, store=store)
+    result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing)
     if output:
         write_json(output, result)
     else:

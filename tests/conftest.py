@@ -29,6 +29,7 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    assert all((config.rootpath / "tests" / name).is_file() for name in SLOW), "a slow file was renamed"
     place = {name: i for i, name in enumerate(LONGEST)}
     names = {item: item.path.relative_to(config.rootpath / "tests").as_posix() for item in items}
     for item in items:

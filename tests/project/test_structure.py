@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project.stage_files import ROOT, imported_files
+from tests.project.stage_files import ROOT, imported_files, imports
 
 LIBRARY = ROOT / "pipeline/kvcompress"
 FLOORS = {
@@ -43,6 +43,12 @@ def library_imports(file: Path) -> set[Path]:
     return {one for one in imported_files(file) if LIBRARY in one.parents and one.name != "__init__.py"} - {file}
 
 
+def packages_asked(file: Path) -> set[str]:
+    """Packages whose `__init__` a file asks for a name, as in `from kvcompress.methods import HeadAwareCompressor`."""
+    found = [node.module or "" for node in imports(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {module.removeprefix("kvcompress.").split(".")[0] for module in found if module.startswith("kvcompress.")}
+
+
 def test_every_package_has_a_floor() -> None:
     assert {package(file) for file in FILES} - {None} == set(FLOORS)
 
@@ -54,6 +60,10 @@ def test_no_arrow_runs_up_or_along(name: str) -> None:
         if package(file) == name:
             others = {one for one in imported_files(file) if LIBRARY not in one.parents}
             assert not others, (file, others)
+            assert all(
+                FLOORS[one] <= FLOORS[name] and (one == name or FLOORS[one] < FLOORS[name])
+                for one in packages_asked(file)
+            )
             for one in library_imports(file):
                 to = package(one)
                 assert to in (name, None) or FLOORS[to] < FLOORS[name], f"{file} imports {one}"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.options import AsJson, ModelOptions, Output, Texts, print_json, read_texts
+from kvcompress.cli.options import AsJson, ModelOptions, Output, Texts, print_json, read_texts, share_of
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.params import BASELINES, HEAD_AWARE, METHODS, BenchmarkParams
 
@@ -71,7 +71,7 @@ def benchmark(
     amounts = {"num_samples": num_samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "share": share}
     settings = override(BenchmarkParams(), **amounts)
     if plan and share is None:  # compare at equal bytes: a plan's share depends on the prompt's length
-        settings = override(settings, share=RetentionPlan.load(plan[0]).share(settings.max_tokens))
+        settings = override(settings, share=share_of(RetentionPlan.load(plan[0]), settings.max_tokens))
     loaded, tokenizer, record = options.open()
     require_fit(settings, record.max_context, record.id, growth)
     contenders = benchmark_contenders(methods, loaded.config, settings, classifications_path, plan or ())

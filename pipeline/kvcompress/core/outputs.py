@@ -31,6 +31,9 @@ def require_outputs(inputs: Mapping[str, Paths], files: Iterable[Path | None], f
     for one, other in combinations(outputs, 2):
         if resolved(one) == resolved(other):
             raise InputError(f"two outputs are to be written to {one}: expected a path for each")
+        for inner, outer in ((one, other), (other, one)):
+            if resolved(outer) in resolved(inner).parents:
+                raise InputError(f"the output {inner} lies in the output {outer}: expected them in different places")
     for path, folder in places:
         require_writable(path, folder)
     for name, paths in inputs.items():

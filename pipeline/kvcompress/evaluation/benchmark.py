@@ -6,7 +6,6 @@ turn. Prompts attend in full and are compressed at their end (exact prefill). Th
 transformers: `DynamicCache` and the model's own attention.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from kvcompress.evaluation.decode_steps import decode_growth, held_bytes, requir
 from kvcompress.evaluation.environment import environment
 from kvcompress.evaluation.intervals import BLOCK, paired_difference
 from kvcompress.evaluation.params import FULL, BenchmarkParams
-from kvcompress.evaluation.results import ResultStore, hash_of, settings_of
 from kvcompress.evaluation.timing import (
     OwnMemory,
     Spread,
@@ -136,7 +134,7 @@ class Run:
 
     def _peak(self) -> int:
         if isinstance(self.cache, RaggedCache):
-            return self.cache.peak_nbytes
+            return self.cache.peak_nbytes + self.cache.evidence_nbytes
         # Growing a DynamicCache holds old and new keys of one layer at once.
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return held_bytes(self.cache) + max(layer.keys.nbytes for layer in layers)
@@ -297,7 +295,6 @@ def benchmark_result(
     params: BenchmarkParams,
     growing: bool,
     progress: bool = True,
-    store: ResultStore | None = None,
 ) -> dict[str, Any]:
     """Measure contenders (the full cache first) on `texts` (name -> text).
 
@@ -305,21 +302,11 @@ def benchmark_result(
     ----------
     name: the model's.
     growing: time single decode steps at growing context too.
-    store: where the whole result is kept, and taken from if nothing that it depends on has changed.
 
     Returns `{"model", "environment", "settings", "samples", "rows", "weight_bytes", "copy_bytes_per_s", "growth",
     "process_peak_bytes"}`. Raises `InputError` if a text is too short for the samples.
     """
     samples = samples_of(tokenizer, texts, params)
-    found = [settings_of(one.compressor) for one in contenders]
-    settings = "; ".join(filter(None, found)) if all(found) else None
-    asked = [[text, hash_of(tokens.tolist())] for text, tokens in samples]
-    how = ["benchmark", name, [one.name for one in contenders], params.model_dump(), growing, asked]
-    if store and (known := store.get(settings, *how)) is not None:
-        sys.stderr.write(
-            f"benchmark: no input has changed, earlier times are reused (in {store.folder}, may be deleted)\n"
-        )
-        return dict(known)
     records = run_benchmark(model, samples, contenders, params, progress)
     weights = sum(weight.nbytes for weight in model.parameters())
     bandwidth = copy_bandwidth(input_device(model))
@@ -328,7 +315,4 @@ def benchmark_result(
     result |= {"samples": [text for text, _ in samples], "rows": benchmark_rows(contenders, records, weights)}
     result |= {"weight_bytes": weight_bytes(model), "copy_bytes_per_s": round(bandwidth)}
     result |= {"growth": decode_growth(model, plans, params, bandwidth, progress) if growing else []}
-    result |= {"process_peak_bytes": process_peak_bytes()}
-    if store:
-        store.put(result, settings, *how)
-    return result
+    return result | {"process_peak_bytes": process_peak_bytes()}

@@ -102,9 +102,9 @@ def attention_step(cache: Any, query: Tensor, keys: Tensor, values: Tensor) -> N
 
 
 def held_bytes(cache: Any) -> int:
-    """Return the bytes of storage behind keys and values of a compressed cache or a `DynamicCache`."""
+    """Return all bytes that a compressed cache holds, queries to select by included, or a `DynamicCache`'s K and V."""
     if isinstance(cache, RaggedCache):
-        return cache.nbytes
+        return cache.held_nbytes
     return storage_bytes(held for layer in cache.layers if layer.is_initialized for held in (layer.keys, layer.values))
 
 

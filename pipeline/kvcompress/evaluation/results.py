@@ -7,13 +7,15 @@ result, so an interrupted run continues where it ended. The folder belongs to no
 """
 
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
 from typing import Any
 
-from kvcompress.core.artifacts import read_json, write_text
+from kvcompress.core.artifacts import atomic_path, read_json
 from kvcompress.core.errors import InputError
 from kvcompress.evaluation.environment import code_version
 from kvcompress.methods.compressor import Compressor
@@ -31,11 +33,12 @@ class ResultStore:
     """
 
     def __init__(self, folder: Path, **origin: Any) -> None:
-        self.folder, self.origin = folder, {**origin, "code": code_version()}
+        self.folder, self.origin, self.writable = folder, {**origin, "code": code_version()}, True
         oldest = time.time() - KEPT_DAYS * 24 * 3600
         for path in folder.glob("*.json"):
-            if path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # another process may delete it at the same time
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def get(self, settings: str | None, *key: Any) -> Any | None:
         """Return the result of a compressor with these settings (`settings_of`) and the rest of its key (JSON values).
@@ -48,9 +51,14 @@ class ResultStore:
             return None
 
     def put(self, value: Any, settings: str | None, *key: Any) -> None:
-        """Keep a result, a JSON value, unless the settings are unknown."""
-        if settings:
-            write_text(self._path(settings, key), dumps(value, allow_nan=False))
+        """Keep a result, a JSON value, unless the settings are unknown. A folder that cannot be written keeps none."""
+        if settings and self.writable:
+            try:
+                with atomic_path(self._path(settings, key)) as path:
+                    path.write_text(dumps(value, allow_nan=False), encoding="utf-8")
+            except (InputError, ValueError) as error:
+                self.writable = False
+                warnings.warn(f"results are not kept for later runs: {error}", stacklevel=2)
 
     def _path(self, settings: str, key: Sequence[Any]) -> Path:
         text = dumps([self.origin, settings, *key], sort_keys=True)
