@@ -58,7 +58,8 @@ def lines_added(part: str) -> int:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, its tests included, with all examples applied, which ruff accepts."""
     folder = copy_project(tmp_path_factory.mktemp("copy"))
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     for part in EXAMPLES.values():
         for path, content in new_files(part).items():
@@ -77,7 +78,7 @@ CHOSEN = (
     "starcoder2 or count_sinks or described"
 )
 FILES = ("methods/test_baselines", "project/test_benchmark_stages", "project/test_pipeline", "collect/test_collect")
-FILES += ("cache/test_oracle", "scores/test_scores", "reporting/test_style")
+FILES += ("cache/test_oracle", "scores/test_scores", "reporting/test_method_style")
 
 
 @pytest.fixture(scope="module")
