@@ -93,7 +93,7 @@ def ablation(model: str) -> list[dict[str, Any]]:
 
 def benchmark(model: str) -> list[dict[str, Any]]:
     rows = []
-    for i, name in enumerate(("full", "head_aware")):
+    for i, name in enumerate(("full", "head_aware priced-25")):
         speed = {
             "first_token_ms": {"median": 90.0 + i},
             "prefill_tokens_per_s": 700.0,

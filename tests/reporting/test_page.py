@@ -135,7 +135,7 @@ def test_every_run_of_a_benchmark_has_a_heading_of_its_own(tmp_path: Path) -> No
     two["rows"][1]["name"], two["growth"] = "recent_only", []
     write_json(folder / "reports/benchmark/benchmark.json", [one, two])
     speed = made_page(folder).split('id="speed"')[1]
-    assert "<h3>full cache, head_aware</h3>" in speed
+    assert "<h3>full cache, head_aware priced-25</h3>" in speed
     assert "<h3>full cache, recent_only</h3>" in speed
     assert "compare methods within one table" in speed
 
