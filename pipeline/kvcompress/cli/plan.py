@@ -90,7 +90,7 @@ def plan(
         Path | None,
         typer.Option(
             help="Prices of the heads: read where the file exists, else measured and written to it "
-            "[default: measured, and written beside the plan]."
+            "[default: measured, and written next to the plan]."
         ),
     ] = None,
     classifications: Annotated[Path | None, typer.Option(help="Classes, for the class table's policies.")] = None,
