@@ -235,7 +235,7 @@ def test_benchmark_takes_turns_and_says_what_it_measured(folder: Path) -> None:
     assert [row["name"] for row in result["rows"]] == ["full", *BASELINES, "head_aware plan"]
     assert (result["model"], result["samples"], result["growth"]) == ("tiny", ["unseen"], [])
     assert result["rows"][-1]["bytes_mean"] < result["rows"][0]["bytes_mean"]
-    assert result["settings"]["share"] == RetentionPlan.load(folder / "plan.json").share(160)
+    assert result["settings"]["share"] == pytest.approx(RetentionPlan.load(folder / "plan.json").share(160))
     one = [*flags, "--method", "recent_only", "--share", "0.5", "--json"]
     assert [row["settings"] for row in json.loads(kvcompress(folder, *one))["rows"]][1:] == ["window of 80"]
     both = json.loads(kvcompress(folder, *one, "--plan", "plan.json"))
