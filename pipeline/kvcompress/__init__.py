@@ -20,5 +20,7 @@ __all__ = ["AttentionAnalyzer", "HeadAwareCompressor", "RetentionPlan", "make_pl
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        home = import_module(_HOMES[name])
+        lazily = vars(home).get("__getattr__")  # asked first: a file of the same name may have been imported before
+        return lazily(name) if lazily else getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

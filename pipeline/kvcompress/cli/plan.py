@@ -128,7 +128,7 @@ def plan(
     from kvcompress.cli.head_map import plan_map
     from kvcompress.core.params import override
     from kvcompress.models import distributed
-    from kvcompress.planning.make_plan import make_plan
+    from kvcompress.planning import make_plan
     from kvcompress.sensitivity.measure import measure_sensitivity
     from kvcompress.sensitivity.params import SensitivityParams
     from kvcompress.sensitivity.prices import Sensitivity
