@@ -65,8 +65,6 @@ def main(
     record = chosen_model(data_dir, model_id, loading, settings, settings.max_tokens)
     growing = growth and HEAD_AWARE in methods and bool(settings.growth_contexts)
     require_fit(settings, record.max_context, record.id, growing)
-    texts = load_texts(data_dir / "corpus", "evaluation")
-    model, tokenizer = load_model(record, loading)
     paths, chosen = list(plan or ()), classifications_path
     if not paths and chosen is None:
         paths = [plans_of(plans_dir, record.id) / f"{name}.json" for name in settings.plans]
@@ -75,6 +73,8 @@ def main(
             raise InputError(
                 "benchmark.plans is empty: expected a plan for head_aware, --plan or --classifications-path"
             )
+    texts = load_texts(data_dir / "corpus", "evaluation")
+    model, tokenizer = load_model(record, loading)
     contenders = benchmark_contenders(methods, model.config, settings, chosen, paths)
     result = benchmark_result(model, tokenizer, record.id, texts, contenders, settings, growing)
     if output:

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from kvcompress.core.artifacts import atomic_path, read_json
 from kvcompress.core.errors import InputError, said_in_a_sentence
+from kvcompress.reporting.method_style import look
 
-LOOKS = {"full": ("full cache", "#000000"), "plan": ("plan", "#009E73")}
+LOOKS = {"full": look("full"), "plan": look("priced")._replace(label="plan")}  # it holds windows
 LIMIT = (0, (4, 2))  # dashes
 
 
@@ -23,15 +24,15 @@ def draw(costs: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(1.2 + 3.4 * len(batches), 3.6), layout="constrained")
     for batch, axis in zip(batches, figure.subplots(1, len(batches), sharey=True, squeeze=False)[0], strict=True):
         shown = sorted((cost for cost in costs if cost["batch"] == batch), key=lambda cost: cost["context"])
-        for name, (label, colour) in LOOKS.items():
+        for name, style in LOOKS.items():
             columns = {
                 field: [cost[field] for cost in shown if cost["contender"] == name]
                 for field in ("context", "ms", "p10", "p90", "limit_ms")
             }
             x = columns["context"]
-            axis.fill_between(x, columns["p10"], columns["p90"], color=colour, alpha=0.15, lw=0)
-            axis.plot(x, columns["ms"], color=colour, marker="o", ms=4, lw=1.4, label=label)
-            axis.plot(x, columns["limit_ms"], color=colour, ls=LIMIT, lw=1)
+            axis.fill_between(x, columns["p10"], columns["p90"], color=style.colour, alpha=0.15, lw=0)
+            axis.plot(x, columns["ms"], color=style.colour, marker=style.marker, ms=4, lw=1.4, label=style.label)
+            axis.plot(x, columns["limit_ms"], color=style.colour, ls=LIMIT, lw=1)
         axis.plot([], [], color="0.4", ls=LIMIT, lw=1, label="limit: (weights + cache) ÷ bandwidth")
         axis.set_xscale("log", base=2)
         ticks = sorted({cost["context"] for cost in shown})

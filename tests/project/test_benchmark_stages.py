@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -144,6 +145,18 @@ def test_errors_are_one_sentence_and_nothing_is_written(
     assert isinstance(done.exception, InputError)
     assert re.search(message, str(done.exception)), done.exception
     assert not (project / "never.json").exists()
+
+
+def test_head_aware_without_plans_is_refused_before_a_model_is_loaded(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["benchmark"]["plans"] = []
+    (project / "no_plans.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(benchmark, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    done = invoke(project, monkeypatch, "--method", "head_aware", "--params", "no_plans.yaml")
+    assert isinstance(done.exception, InputError)
+    assert "benchmark.plans is empty" in str(done.exception)
 
 
 def test_a_page_needs_results(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class RaggedState:
 
     @property
     def recording(self) -> bool:
-        """Whether steps must record what they overwrite, which a captured step does not."""
+        """True if steps must record what they overwrite. A captured step records nothing."""
         return any(layer.record_past for layer in self.layers)
 
     def open(self) -> None:
@@ -223,7 +223,7 @@ class GraphedDecoder:
 
     @property
     def captured(self) -> bool:
-        """Whether a step has been captured: after the second step, where capture is possible."""
+        """True once a step has been captured: after the second step, where capture is possible."""
         return self._replay is not None
 
     def step(self, tokens: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether overwritten ring slots are kept until the next `crop`, for an exact rollback."""
+        """True if overwritten ring slots are kept until the next `crop`, for an exact rollback."""
         return self._record_past
 
     @record_past.setter

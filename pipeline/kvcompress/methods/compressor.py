@@ -68,7 +68,7 @@ class Compressor(ABC):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether keys are ranked by queries; then `compress` cannot serve a cache filled without this method."""
+        """True if keys are ranked by queries; then `compress` cannot serve a cache filled without this method."""
         return any(self.selection_rule.score(name).needs_queries for name in self.scores)
 
     def new_cache(self, config: Any, prefill: Prefill = "exact", prompt_length: int | None = None) -> RaggedCache:

@@ -122,7 +122,7 @@ def priced(planner: Planner, budget: Budget) -> RetentionPlan:
 
 
 def retrieval_heads(planner: Planner, budget: Budget) -> RetentionPlan:
-    """As many full retrieval heads as `priced` has, and equal windows for the other heads."""
+    """Keep the full retrieval heads of `priced`, and give all other heads equal windows."""
     slots, count = planner.slots(budget), planner.best(budget).retrieval_heads
     held = np.full(planner.heads, planner.context)
     rest = planner.pricing.by_retrieval[count:]
